@@ -1,0 +1,189 @@
+#!/bin/sh
+# Copies kodemachine to a folder of programs and pins it to one Python.
+set -eu
+
+usage() {
+  cat <<'EOF'
+usage: install.sh [--prefix DIR] [--uninstall]
+
+Installs kodemachine to ~/bin for Python 3.9 or newer. Safe to run again.
+
+  --prefix DIR  install to DIR/bin instead
+  --uninstall   remove the program; configuration, state and machines stay
+  -h, --help    show this text
+
+environment:
+  PYTHON        the interpreter to try first
+  DESTDIR       a staging folder, put before the destination
+EOF
+}
+
+say() { printf '%s\n' "$*"; }
+
+die() {
+  printf 'install.sh: %s\n' "$2" >&2
+  exit "$1"
+}
+
+absolute() {
+  case $1 in
+    /*) say "$1" ;;
+    '~'/*) say "$HOME/${1#??}" ;;
+    *) say "$PWD/$1" ;;
+  esac
+}
+
+# Interpreters, best first: a path that outlives an upgrade of Python comes before one that does not.
+candidates() {
+  set --
+  [ -z "${PYTHON:-}" ] || set -- "$(absolute "$(command -v "$PYTHON")")"
+  # Without the command line tools, Apple's /usr/bin/python3 opens a dialog instead of running.
+  # Only xcode-select tells without that, and it names the real one.
+  system=$(uname)
+  ! tools=$(xcode-select -p 2>/dev/null) || set -- "$@" "$tools/usr/bin/python3"
+  set -- "$@" /opt/homebrew/bin/python3 /usr/local/bin/python3
+  set -f
+  IFS=:
+  for dir in $PATH; do
+    # The project that a virtual environment belongs to may be gone tomorrow.
+    [ -e "$dir/../pyvenv.cfg" ] || set -- "$@" "$dir/python3"
+  done
+  for path do
+    case $system:$path in
+      Darwin:/usr/bin/python3) ;;
+      *:/*) if [ -f "$path" ] && [ -x "$path" ]; then say "$path"; fi ;;
+    esac
+  done | awk '!seen[$0]++'
+}
+
+# Sets python and python_version, or ends the installation.
+find_python() {
+  ask='import sys; print("%d.%d.%d" % sys.version_info[:3]); sys.exit(sys.version_info < (3, 9))'
+  passed=
+  while IFS= read -r python; do
+    [ -n "$python" ] || continue
+    if python_version=$("$python" -IS -c "$ask" 2>/dev/null </dev/null); then
+      # A pyenv shim is a script itself, and macOS runs no script behind "#!".
+      [ "$(head -c 2 "$python")" != '#!' ] || python=$("$python" -IS -c 'import sys; print(sys.executable)')
+      return
+    fi
+    passed="$passed${passed:+, }$python (${python_version:-unusable})"
+  done <<EOF
+$(candidates)
+EOF
+  die 1 "no Python 3.9 or newer, found: ${passed:-none}; install one (on macOS: xcode-select --install)\
+ or name it: PYTHON=/path/to/python3"
+}
+
+# What follows "#!" in the installed copy.
+interpreter() {
+  # The kernel splits that line at blanks and may cut it after 127 bytes.
+  if say "$python" | LC_ALL=C grep -Eq '[[:blank:]]|.{121}'; then
+    say '/usr/bin/env python3'
+  else
+    say "$python -IS"
+  fi
+}
+
+# The version of a kodemachine, nothing for any other file.
+version_of() {
+  if [ -f "$1" ] && grep -q kodemachine "$1"; then
+    LC_ALL=C sed -n 's/^__version__[^"]*"\([^"]*\)".*/\1/p' "$1"
+  fi
+}
+
+install() {
+  release=$(version_of "$source")
+  [ -n "$release" ] || die 1 "there is no kodemachine.py beside install.sh: $source"
+  find_python
+  [ -z "$passed" ] || say "passed over: $passed"
+  folder=${target%/*}
+  { mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ]; } ||
+    die 1 "$folder cannot be written to; choose another --prefix"
+  new=$folder/.kodemachine.$$
+  trap 'rm -f "$new"' EXIT
+  trap 'exit 1' HUP INT TERM
+  { printf '#!%s\n' "$(interpreter)" && tail -n +2 "$source"; } >"$new"
+  chmod 755 "$new"
+  if cmp -s "$new" "$target" && [ -x "$target" ]; then
+    say "kodemachine $release is already up to date: $target"
+  else
+    mv -f "$new" "$target"
+    change="${installed:+updated kodemachine $installed -> $release}"
+    say "${change:-installed kodemachine $release}: $target (Python $python_version, $python)"
+  fi
+  # A staging folder says nothing about the machine that the program will run on.
+  if [ -z "${DESTDIR:-}" ]; then
+    note_path
+    note_missing
+  fi
+}
+
+note_path() {
+  case :$PATH: in *":$bin:"* | *":$bin/:"*) return ;; esac
+  line="export PATH=\"$bin:\$PATH\""
+  case $(uname):${SHELL:-} in
+    *:*/zsh) file=.zshrc ;;
+    *:*/fish) file=.config/fish/config.fish line="fish_add_path \"$bin\"" ;;
+    # Terminals on macOS start login shells, which read no .bashrc.
+    Darwin:*/bash) file=.bash_profile ;;
+    *:*/bash) file=.bashrc ;;
+    *) file=.profile ;;
+  esac
+  say "note: $bin is not on PATH; add this line to ~/$file:"
+  say "  $line"
+}
+
+note_missing() {
+  command -v ssh >/dev/null || say 'note: ssh is missing; install the OpenSSH client'
+  app=Applications/UTM.app/Contents/MacOS/utmctl
+  if ! command -v utmctl >/dev/null && [ ! -x "/$app" ] && [ ! -x "$HOME/$app" ]; then
+    say 'note: UTM is missing; brew install --cask utm'
+  fi
+}
+
+uninstall() {
+  if [ -n "$installed" ]; then
+    rm -f "$target"
+    say "removed kodemachine $installed: $target"
+  else
+    say "kodemachine is not installed: $target"
+  fi
+  say 'what stays, besides the machines in UTM:'
+  say "  ${XDG_CONFIG_HOME:-$HOME/.config}/kodemachine (configuration)"
+  say "  ${XDG_STATE_HOME:-$HOME/.local/state}/kodemachine (state)"
+  say "  ${XDG_CACHE_HOME:-$HOME/.cache}/kodemachine (downloaded images)"
+}
+
+main() {
+  action=install prefix=$HOME
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --prefix)
+        case ${2:--} in -*) die 2 '--prefix needs a folder' ;; esac
+        prefix=$2
+        shift
+        ;;
+      --prefix=?*) prefix=${1#*=} ;;
+      --uninstall) action=uninstall ;;
+      -h | --help)
+        usage
+        exit
+        ;;
+      *) die 2 "unknown option: $1 (--help lists them)" ;;
+    esac
+    shift
+  done
+
+  source=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/kodemachine.py
+  prefix=$(absolute "$prefix")
+  bin=${prefix%/}/bin
+  target=${DESTDIR:-}$bin/kodemachine
+  installed=$(version_of "$target")
+  if [ -z "$installed" ] && { [ -e "$target" ] || [ -L "$target" ]; }; then
+    die 1 "$target is not kodemachine; move it away or choose another --prefix"
+  fi
+  "$action"
+}
+
+main "$@"
