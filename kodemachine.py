@@ -1,0 +1,3016 @@
+#!/usr/bin/env python3
+"""kodemachine: a fresh, isolated Linux machine in seconds, from a golden image in UTM.
+
+    kodemachine project-alpha       clone if missing, start, wait for ssh, become ssh
+
+This file is the whole program. It is copied to ~/bin and started a hundred times a day, so it imports at
+the top only what every run needs; the rest is imported where it is used.
+
+It reads from top to bottom, and calls go the same way back, never up:
+
+    main -> cmd_* -> Manager -> VM -> Utmctl -> Call     one choke point to the world outside
+                  -> State, Prober, Console, Out
+
+What shapes it are five facts about utmctl, the command that comes with UTM ("contract N" in the text names
+the section of the notes on UTM's behaviour where a fact is shown from UTM's source):
+
+1. Exit status 0 does not mean success: a failed Apple Event is only reported on stderr (contract 0).
+2. "Virtual machine not found." does not mean that it is absent; only a clean list says so (contract 0).
+3. The words are translated by macOS, the numbers are not (contract 0). We read numbers.
+4. Ending utmctl cancels nothing in UTM (contract 0). After every action the state is read again.
+5. Names are not unique, and clone returns no UUID (contract 1.5, 3). After the first look a machine is its UUID.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import errno
+import fcntl
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the older ones)
+    sys.exit("kodemachine: needs Python 3.9 or newer, this is " + sys.version.split()[0])
+
+__version__ = "0.1.0"
+
+# ---- constants
+
+# Seconds that one call may take before it is ended (contract 10). The state is read afterwards in any case,
+# so a limit only bounds how long we listen. `clone` and `exec` are bounded by their callers.
+LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "attach": 20.0, "start": 30.0, "stop": 30.0,
+          "suspend": 60.0, "delete": 120.0, "exec": 60.0, "osascript": 60.0}
+LOOK_LIMIT = 65.0       # for a clean list, all its repetitions together
+WARM_UP = 10.0          # an empty list is not believed before: UTM loads its machines with its window (contract 4)
+SETTLE = 10.0           # after a call that failed at once, until "nothing has changed" is believed
+UNCHANGED = 5.0         # for so long a half-renamed copy must stay as it is before its rename is completed
+ASK_AGAIN = 3.0         # after a start that left the machine stopped
+PRESS_AGAIN = 15.0      # after a power key that the guest may have been too young to hear
+FORCE_STAGE = 15.0      # for each stage of a forced stop
+DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
+DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
+GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
+WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
+MAX_ANSWER = 40 << 20   # bytes kept of one stream; the guest agent sends 16 MiB at most (contract 5)
+
+DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
+UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
+LIST_HEADER = "UUID" + " " * 33 + "Status" + " " * 3 + "Name"
+UUID = re.compile(r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}")
+LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+PREFIX = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-")
+IMAGE = re.compile(r"kodeimage-v(\d+)\.(\d+)\.(\d+)")
+MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
+EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
+OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
+SCRIPT_ERROR = re.compile(r"\((-\d+)\)\s*$")
+HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
+
+# Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
+RESERVED = frozenset("""attach base clone completion config cp create delete doctor exec help info ip list logs ls
+    proxy prune purge restart resume rm shell snapshot ssh ssh-config start status stop suspend version""".split())
+
+NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
+               "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
+               "or before somebody has logged in at the screen.")
+LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
+                 "System Settings > Privacy & Security > Local Network, then start it anew.")
+MAC_SETTING = "Turn on 'Regenerate MAC addresses on clone' in UTM (Settings > Network), or allow osascript to control UTM."
+
+# ---- errors
+
+
+class KodeError(Exception):
+    """A failure that can be explained in a sentence; `hint` is what to do next."""
+
+    status, slug = 1, "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+class UsageError(KodeError):
+    """The command line or the configuration cannot be used as it is."""
+
+    status, slug = 2, "usage"
+
+
+class NotFound(KodeError):
+    """No such machine or image, shown by a clean list."""
+
+    status, slug = 3, "not-found"
+
+
+class WrongState(KodeError):
+    """The machine is not in a state for that, or its name does not say which one is meant."""
+
+    status, slug = 4, "wrong-state"
+
+
+class Busy(WrongState):
+    """Another kodemachine is at work on the machine."""
+
+
+class Unreachable(KodeError):
+    """UTM cannot be reached, or refuses us."""
+
+    status, slug = 5, "utm-unreachable"
+
+
+class TimedOut(KodeError):
+    """Our own deadline has passed."""
+
+    status, slug = 6, "timeout"
+
+
+class Interrupted(BaseException):
+    """A signal asked us to end; not an Exception, so that nothing but `main` takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+# ---- values
+
+
+class Power(enum.Enum):
+    """The words for a machine's state that utmctl prints (contract 2)."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    STARTED = "started"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
+    STOPPING = "stopping"
+    UNKNOWN = "unknown"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Power:
+        return cls.UNKNOWN
+
+
+class Outcome(enum.Enum):
+    """What became of one call, as far as the call itself can tell."""
+
+    DONE = "done"
+    TRANSIENT = "transient"     # -1712, -10004, -609, -600, ...: it may or may not have happened
+    REFUSED = "refused"         # -1743
+    FAILED = "failed"           # -2700 and the like: UTM says why
+    MISSING = "not found"       # or not allowed, or not ready: utmctl silences the reason (contract 0)
+    NO_APP = "no application"
+    USAGE = "usage"             # a utmctl too old for that
+    CRASHED = "crashed"
+    HUNG = "hung"
+    ENDED = "ended"             # by us: its answer was not wanted any more
+
+
+class Reply(NamedTuple):
+    """The answer to one call. `numbers` are those of all Apple Event errors on stderr, in order."""
+
+    outcome: Outcome
+    code: int
+    out: str
+    err: str
+    numbers: tuple[int, ...]
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """UTM's own words: what stands on stderr and is not utmctl's."""
+        own = ("Error from event: ", "NOTE: ", "WARNING: ")
+        lines = [line.strip() for line in self.err.splitlines() if line.strip() and not line.startswith(own)]
+        text = lines[-1] if lines else ""
+        return text.removeprefix("Error: ")
+
+
+class Row(NamedTuple):
+    """One machine as `utmctl list` shows it."""
+
+    uuid: str
+    power: Power
+    name: str
+
+
+class Listing(NamedTuple):
+    """The rows of one list. `whole`: nothing was amiss. `named`: all UUIDs and names are known, if not all states."""
+
+    rows: list[Row]
+    whole: bool
+    named: bool
+
+
+class Disk(NamedTuple):
+    """What the bundle on disk tells; None where it cannot be had. All in bytes."""
+
+    memory: int | None = None
+    size: int | None = None
+    frees: int | None = None
+
+
+class Machine(NamedTuple):
+    """One machine as `list` and `status` show it: the keys of --json, in this order."""
+
+    label: str | None
+    name: str
+    uuid: str
+    status: str
+    ip: str | None
+    image: str | None
+    memory: int | None
+    size: int | None
+    frees: int | None
+    created: str | None
+
+
+class Wishes(NamedTuple):
+    """What the person asked of a start. `memory` in MiB, `timeout` in seconds; None: as it is."""
+
+    base: str | None = None
+    cpus: int | None = None
+    memory: int | None = None
+    disposable: bool = False
+    gui: bool = False
+    timeout: float | None = None
+    only_new: bool = False      # --rm: the machine must not exist yet
+    may_clone: bool = True
+    bare: bool = False          # the label stood alone on the command line, where a command may be meant
+
+
+class Notes:
+    """Where the layers below the command line say what they do; this one keeps silent."""
+
+    def step(self, text: str) -> None:
+        """A step has begun."""
+
+    def tick(self) -> None:
+        """Time passes."""
+
+    def warn(self, text: str) -> None:
+        """Something the person should know, though it goes on."""
+
+    def trace(self, text: str) -> None:
+        """A call to the outside has ended."""
+
+
+# ---- pure helpers
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: names and errors may come from a hostile guest."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def event_numbers(err: str) -> tuple[int, ...]:
+    """The OSStatus of each Apple Event error in utmctl's stderr; 0 where a line carries none."""
+    found = (OSSTATUS.search(line) for line in EVENT_ERROR.findall(err))
+    return tuple(int(match.group(1)) if match else 0 for match in found)
+
+
+def outcome_of(number: int) -> Outcome:
+    """The class of an OSStatus (contract 4). An unknown one is transient: the state decides."""
+    return {-1743: Outcome.REFUSED, -2700: Outcome.FAILED, -1708: Outcome.FAILED, -1728: Outcome.MISSING,
+            -2741: Outcome.FAILED, -1719: Outcome.MISSING}.get(number, Outcome.TRANSIENT)
+
+
+def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
+    """The outcome of a utmctl or osascript call that has ended by itself, by its numbers.
+
+    With --hide an error of its own may precede a success (contract 4), so the last number counts; a refusal
+    counts wherever it stands. The status of `exec` is the guest's, if no event failed.
+    """
+    if verb == "osascript":
+        match = SCRIPT_ERROR.search(err.strip())
+        if code == 0:
+            return Outcome.DONE, ()
+        number = int(match.group(1)) if match else 0
+        return (Outcome.CRASHED if code < 0 else outcome_of(number) if number else Outcome.FAILED), (number,)
+    numbers = event_numbers(err)
+    if -1743 in numbers:
+        return Outcome.REFUSED, numbers
+    if code < 0 or (verb != "exec" and code in (128 + signal.SIGTRAP, 128 + signal.SIGABRT)):
+        return Outcome.CRASHED, numbers
+    if numbers:
+        return outcome_of(numbers[-1]), numbers
+    if code == 64 and err.startswith("Error: "):
+        return Outcome.USAGE, numbers
+    if code == 1 and err.rstrip().endswith("Error: Application not found."):
+        return Outcome.NO_APP, numbers
+    if code == 1 and err.rstrip() == "Error: Virtual machine not found.":
+        return Outcome.MISSING, numbers
+    return (Outcome.DONE if code == 0 or verb == "exec" else Outcome.FAILED), numbers
+
+
+def parse_list(out: str) -> tuple[list[Row], bool]:
+    """The rows of `utmctl list`, and whether every line was one. By columns: a name may contain blanks (contract 1.2)."""
+    header, *lines = out.splitlines() or [""]
+    rows, sound = [], header == LIST_HEADER
+    for line in lines:
+        if UUID.fullmatch(line[:36]) and line[36:37] == line[45:46] == " " and line[46:]:
+            rows.append(Row(line[:36], Power(line[37:45].rstrip()), line[46:]))
+        else:
+            sound = False
+    return rows, sound and len({row.uuid for row in rows}) == len(rows)
+
+
+def judge_list(reply: Reply) -> Listing:
+    """How far a list can be believed. Each unknown state accounts for one error; any other error spoils it."""
+    rows, sound = parse_list(reply.out)
+    unknown = sum(row.power is Power.UNKNOWN for row in rows)
+    whole = sound and not unknown and reply.outcome is Outcome.DONE
+    ended = reply.outcome not in (Outcome.HUNG, Outcome.CRASHED)
+    return Listing(rows, whole, whole or (sound and ended and bool(rows) and len(reply.numbers) <= unknown))
+
+
+def address_rank(address: str) -> int:
+    """0 for a likely address of the guest, 3 for one that is hardly reachable (contract 5)."""
+    if re.match(r"127\.|169\.254\.|fe80:", address):
+        return 3
+    if re.match(r"172\.(?:1[7-9]|2\d|3[01])\.|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7])\.", address):
+        return 2                    # container bridges, VPNs
+    return 1 if ":" in address else 0
+
+
+def parse_addresses(out: str) -> list[str]:
+    """The addresses in the answer of `ip-address`, likeliest first; lines of any other form are left out."""
+    v4, v6 = r"(?:\d{1,3}\.){3}\d{1,3}", r"(?=[0-9a-fA-F:.]*:)[0-9a-fA-F:.]{2,45}"
+    lines = dict.fromkeys(line.strip() for line in out.splitlines())
+    return sorted((line for line in lines if re.fullmatch(f"{v4}|{v6}", line)), key=address_rank)
+
+
+def parse_host_keys(lines: Sequence[str]) -> list[str]:
+    """The host keys, as `type base64`, whose type stands inside them as well; a guest may send anything."""
+    import base64
+    import binascii
+
+    keys = []
+    for line in lines:
+        match = HOST_KEY.match(line)
+        if match and match.end() in (len(line), line.find(" ", match.end())):
+            kind = match.group(1).encode()
+            with contextlib.suppress(binascii.Error):
+                if base64.b64decode(match.group(2), validate=True)[:4 + len(kind)] == len(kind).to_bytes(4, "big") + kind:
+                    keys.append(f"{match.group(1)} {match.group(2)}")
+    return keys[:8]
+
+
+def fingerprint(key: str) -> str:
+    """A host key's fingerprint, as ssh prints it."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
+    return f"{key.split()[0]} SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def one_edit(word: str, other: str) -> bool:
+    """Whether one insertion, removal, change or swap of neighbours makes one of the other."""
+    if len(word) > len(other):
+        word, other = other, word
+    if len(other) - len(word) > 1 or word == other:
+        return False
+    i = next((i for i, (a, b) in enumerate(zip(word, other)) if a != b), len(word))
+    if len(word) < len(other):
+        return word[i:] == other[i + 1:]
+    return word[i + 1:] == other[i + 1:] or word[i:i + 2] == other[i:i + 2][::-1] and word[i + 2:] == other[i + 2:]
+
+
+def size_text(size: int | None) -> str:
+    """Bytes for a person: 0B, 512M, 4.2G."""
+    if size is None:
+        return "-"
+    value, unit = float(size), "B"
+    for unit in "BKMGT":
+        if value < 1000 or unit == "T":
+            break
+        value /= 1024
+    return f"{value:.1f}{unit}" if unit != "B" and value < 9.95 else f"{value:.0f}{unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4G`, `512M`, `2048` (MiB when bare, as in UTM). Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(text)
+    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or "M"))
+
+
+def parse_age(text: str) -> float:
+    """Seconds of `90s`, `30m`, `12h`, `7d`, `2w`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if not match:
+        raise ValueError(text)
+    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
+
+
+def age_of(created: str | None) -> float | None:
+    """Seconds since an ISO time in UTC, None if it is unknown."""
+    import calendar
+
+    try:
+        return max(0.0, time.time() - calendar.timegm(time.strptime(created or "", "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return None
+
+
+def age_text(seconds: float | None) -> str:
+    """An age for a person: 5s, 12m, 3h, 9d."""
+    if seconds is None:
+        return "-"
+    for limit, unit, size in ((60, "s", 1), (3600, "m", 60), (2 * 86400, "h", 3600)):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86400)}d"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, expendable: Sequence[str] = ()) -> str:
+    """Aligned columns. If they are wider than `width`, the expendable ones go, in their order, until they fit."""
+    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
+    for name in expendable:
+        if width is None or sum(max(map(len, column)) + 2 for column in columns) - 2 <= width:
+            break
+        columns = [column for column in columns if column[0] != name]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in zip(*columns))
+
+
+def now_text() -> str:
+    """The time as it is recorded: ISO 8601, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def random_mac() -> str:
+    """A locally administered unicast address, made as UTM makes its own (contract 7)."""
+    first, *rest = os.urandom(6)
+    return ":".join(f"{byte:02X}" for byte in (first & 0xFC | 0x02, *rest))
+
+
+def attempts(limit: float, tick: Callable[[], None], first: float = 0.1, longest: float = 1.0) -> Iterator[float]:
+    """The one wait loop: yields the seconds left, with growing pauses between; at least once, until `limit` is over."""
+    deadline, pause = time.monotonic() + limit, first
+    while True:
+        left = deadline - time.monotonic()
+        yield max(left, 0.0)
+        until = min(time.monotonic() + pause, deadline)
+        if left <= 0:
+            return
+        while time.monotonic() < until:
+            tick()
+            time.sleep(max(0.0, min(0.2, until - time.monotonic())))
+        pause = min(pause * 1.5, longest)
+
+
+# ---- the outside: signals, files, children
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP as one exception, once; held back while a step must not be cut in two."""
+
+    def __init__(self) -> None:
+        self._held = self._pending = 0
+
+    def install(self) -> None:
+        """Takes the signals over, except those that our parent had us ignore (nohup)."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._arrive)
+
+    def _arrive(self, number: int, _frame: object) -> None:
+        if self._held:
+            self._pending = self._pending or number
+        else:
+            self._held = 1          # a second signal cannot break the clean-up
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within this no signal interrupts; one that came is raised at the end, unless an error is on its way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield               # Python delivers signals to the main thread only
+            return
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._pending and not self._held:
+            self._held = 1
+            raise Interrupted(self._pending)
+
+
+def write_file(path: str, data: str) -> None:
+    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Callers hold a lock."""
+    make_folder(os.path.dirname(path))
+    beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(beside)
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            os.fchmod(handle, 0o600)
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def make_folder(path: str) -> None:
+    """A private folder of ours, made if it is missing. Raises KodeError if it belongs to somebody else."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        owner = os.stat(path).st_uid
+    except OSError as failure:
+        raise KodeError(f"{path}: {failure.strerror}") from None
+    if owner != os.geteuid():
+        raise KodeError(f"{path} belongs to another user", "Remove it, or set XDG_STATE_HOME to a folder of your own.")
+
+
+def read_text(path: str) -> str | None:
+    """The text of a regular file of at most 16 MiB, None if there is none. Raises OSError, never blocks on a fifo."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read(16 << 20).decode("utf-8", "replace")
+
+
+class Call:
+    """A child of ours: stdin from null, both streams captured, in a session of its own so that Ctrl-C is ours.
+
+    It is ended, with all that it started, when its limit (seconds) has passed.
+    """
+
+    def __init__(self, verb: str, argv: Sequence[str], limit: float, tick: Callable[[], None],
+                 stdin: int = subprocess.DEVNULL, keep: Sequence[int] = ()) -> None:
+        self.verb, self.argv, self._tick = verb, list(argv), tick
+        self._began = time.monotonic()
+        self._deadline = self._began + limit
+        self._child = subprocess.Popen(self.argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       start_new_session=True, pass_fds=tuple(keep))
+        assert self._child.stdout and self._child.stderr
+        self._pipes = [self._child.stdout, self._child.stderr]
+        self._read = {pipe.fileno(): bytearray() for pipe in self._pipes}
+        self._open = set(self._read)
+        self.reply: Reply | None = None
+
+    @property
+    def handles(self) -> list[int]:
+        """What to select on for news from the child."""
+        return list(self._open)
+
+    def wait(self, seconds: float | None = None) -> Reply | None:
+        """The reply, or None if the call is still under way after `seconds` (None: up to its limit)."""
+        until = self._deadline if seconds is None else min(self._deadline, time.monotonic() + seconds)
+        while self.reply is None:
+            left = until - time.monotonic()
+            if self._open:
+                for fd in select.select(list(self._open), [], [], max(0.0, min(left, 0.2)))[0]:
+                    self._take(fd)
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._child.wait(max(0.0, min(left, 0.2)))
+                    self._finish(None)
+                    continue
+            if time.monotonic() >= self._deadline:
+                self.end(Outcome.HUNG)
+            elif left <= 0:
+                break
+            self._tick()
+        return self.reply
+
+    def _take(self, fd: int) -> None:
+        data = os.read(fd, 1 << 16)
+        if not data:
+            self._open.discard(fd)
+        elif len(self._read[fd]) < MAX_ANSWER:
+            self._read[fd] += data
+
+    def end(self, outcome: Outcome = Outcome.ENDED) -> None:
+        """Ends the child and its children at once, if they are still there; what UTM was asked goes on in UTM."""
+        if self.reply is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+            self._finish(outcome)
+
+    def _finish(self, cut_off: Outcome | None) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        code = self._child.returncode
+        out, err = (data.decode("utf-8", "replace") for data in self._read.values())
+        outcome, numbers = classify(self.verb, code, err)
+        self.reply = Reply(cut_off or outcome, code, out, err, numbers, time.monotonic() - self._began)
+
+
+# ---- state: what kodemachine remembers; losing it loses no machine
+
+
+class State:
+    """The state folder: records by UUID, pinned host keys, clone intents, locks. Nothing is made before it is needed."""
+
+    def __init__(self, folder: str, notes: Notes) -> None:
+        self.folder, self._notes = folder, notes
+
+    def path(self, *parts: str) -> str:
+        """A path in the state folder."""
+        return os.path.join(self.folder, *parts)
+
+    @contextlib.contextmanager
+    def lock(self, name: str, limit: float, *, wait: bool = True) -> Iterator[None]:
+        """Holds the flock `name`; it falls with the process, so a stale one heals by itself.
+
+        Raises TimedOut, naming the owner, after `limit` seconds, or Busy at once without `wait`.
+        """
+        make_folder(self.path("locks"))
+        handle = os.open(self.path("locks", name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            self._take_lock(handle, name, limit if wait else 0.0)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def _take_lock(self, handle: int, name: str, limit: float) -> None:
+        told = False
+        for left in attempts(limit, self._notes.tick, 0.05, 0.5):
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
+                if not told and limit - left > 0.5:
+                    told = True
+                    self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {name}")
+        kind = TimedOut if limit else Busy
+        raise kind(f"{name} is in use by another kodemachine (pid {owner})", f"See what it does: ps -p {owner}")
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What is known of each machine, by UUID. A broken file counts as lost, and says so."""
+        try:
+            found = json.loads(read_text(self.path("machines.json")) or "{}")
+            if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
+                return found
+            problem = "not what kodemachine wrote"
+        except (ValueError, OSError) as failure:
+            problem = str(failure)
+        self._notes.warn(f"{self.path('machines.json')} is of no use ({problem}); going on without it")
+        return {}
+
+    def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
+        with self.lock("records", 30):
+            records = self.records()
+            before = json.dumps(records)
+            change(records)
+            if json.dumps(records) != before:
+                write_file(self.path("machines.json"), json.dumps(records, indent=1, sort_keys=True) + "\n")
+
+    def record(self, uuid: str, **fields: object) -> None:
+        """Adds to what is known of a machine; a value of None removes its key."""
+        def change(records: dict[str, dict[str, Any]]) -> None:
+            merged = {**records.get(uuid, {}), **fields}
+            records[uuid] = {key: value for key, value in merged.items() if value is not None}
+        self._rewrite(change)
+
+    def forget(self, name: str, listed: set[str]) -> None:
+        """Drops the records of a name's machines that are no longer listed, and then its pinned keys."""
+        def change(records: dict[str, dict[str, Any]]) -> None:
+            for uuid in [u for u, record in records.items() if record.get("name") == name and u not in listed]:
+                del records[uuid]
+        if os.path.isdir(self.folder):
+            self._rewrite(change)
+            if not any(record.get("name") == name for record in self.records().values()):
+                self.pin(name, [])
+
+    @property
+    def known_hosts(self) -> str:
+        """Our own known-hosts file."""
+        return self.path("known_hosts")
+
+    def pin(self, name: str, keys: Sequence[str]) -> None:
+        """Makes `keys` (validated) the only known ones of `name`."""
+        with self.lock("records", 30):
+            old = (read_text(self.known_hosts) or "").splitlines()
+            lines = [line for line in old if line.split(" ")[0] != name] + [f"{name} {key}" for key in keys]
+            if lines != old:
+                write_file(self.known_hosts, "".join(line + "\n" for line in lines))
+
+    def pinned(self, name: str) -> list[str]:
+        """The keys that the known-hosts file has for `name`: ours, or one that ssh itself has learned."""
+        lines = (read_text(self.known_hosts) or "").splitlines()
+        return parse_host_keys([line.split(" ", 1)[1] for line in lines if line.startswith(name + " ")])
+
+
+class Intent:
+    """The record of a clone under way: written before the call, removed when its machine is seen.
+
+    While the utmctl call lives it holds a flock on the file, even when its parent was killed; so a later run
+    can tell whether the call has ended.
+    """
+
+    def __init__(self, state: State, name: str) -> None:
+        self._path = state.path("intents", name + ".json")
+
+    def load(self) -> dict[str, Any] | None:
+        """The intent of an earlier run, None if there is none that can be read."""
+        with contextlib.suppress(ValueError, OSError):
+            found = json.loads(read_text(self._path) or "null")
+            if isinstance(found, dict) and isinstance(found.get("listed"), list) \
+                    and all(isinstance(found.get(key), str) for key in ("base", "base_uuid")) \
+                    and isinstance(found.get("time"), (int, float)):
+                return found
+        return None
+
+    def declare(self, base: Row, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
+        """Writes the intent, and returns it with the locked handle that the call inherits."""
+        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows]}
+        write_file(self._path, json.dumps(intent) + "\n")
+        handle = os.open(self._path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return intent, handle
+
+    def call_alive(self) -> bool:
+        """Whether the call of an earlier run is still under way."""
+        try:
+            handle = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+
+    def remove(self) -> None:
+        """The machine has been seen, or there will be none."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+# ---- configuration
+
+
+class Settings(NamedTuple):
+    """The configuration. Seconds are positive numbers; paths are expanded; None: unset."""
+
+    base_image: str | None = None
+    ssh_user: str | None = None
+    ssh_port: int = 22
+    prefix: str = "km-"
+    headless: bool = True
+    identity_file: str | None = None
+    boot_timeout: float = 120
+    clone_timeout: float = 600
+    stop_timeout: float = 60
+    utmctl: str | None = None
+    documents: str | None = None
+    first_boot: str | None = None
+
+    @property
+    def lock_limit(self) -> float:
+        """How long to wait for somebody else's lock, in seconds."""
+        return self.clone_timeout + self.boot_timeout
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _is_prefix(value: object) -> bool:
+    return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 and not "kodeimage-v".startswith(value)
+
+
+# For each key: what it must be, in words for the person, and the test of it.
+SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "base_image": ("the name of a machine", _is_text),
+    "ssh_user": ("a user's name", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.][\w.-]*", value))),
+    "ssh_port": ("a port number", lambda value: type(value) is int and 0 < value < 65536),
+    "prefix": ("lower-case letters, digits and hyphens that end in a hyphen, such as 'km-'", _is_prefix),
+    "headless": ("true or false", lambda value: isinstance(value, bool)),
+    "identity_file": ("a path", _is_text),
+    "boot_timeout": ("a positive number of seconds", _is_seconds),
+    "clone_timeout": ("a positive number of seconds", _is_seconds),
+    "stop_timeout": ("a positive number of seconds", _is_seconds),
+    "utmctl": ("a path", _is_text),
+    "documents": ("a path", _is_text),
+    "first_boot": ("a path", _is_text),
+}
+PATHS = ("identity_file", "utmctl", "documents", "first_boot")
+
+
+class Config:
+    """The configuration file. Reading never falls back to the defaults when the file is there but broken."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def _text(self) -> str:
+        try:
+            text = read_text(self.path)
+            if text is not None and os.stat(self.path).st_uid not in (os.geteuid(), 0):
+                raise OSError(errno.EPERM, "belongs to another user")
+        except OSError as failure:
+            raise UsageError(f"{self.path}: {failure.strerror}", "Mend the file, or move it away.") from None
+        return text or ""
+
+    def load(self) -> dict[str, Any]:
+        """What the file sets, checked. Raises UsageError with the file, the position and what is wrong."""
+        text = self._text()
+        if not text:
+            if os.path.exists(self.path):
+                raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
+            return {}
+        try:
+            found = json.loads(text, object_pairs_hook=self._pairs)
+        except (ValueError, RecursionError) as failure:
+            where = f":{failure.lineno}:{failure.colno}" if isinstance(failure, json.JSONDecodeError) else ""
+            what = failure.msg if isinstance(failure, json.JSONDecodeError) else str(failure)
+            raise UsageError(f"{self.path}{where}: {what}", "The file must be one JSON object.") from None
+        if not isinstance(found, dict):
+            raise UsageError(f"{self.path}:1:1: not a JSON object", 'It must look like {"ssh_user": "me"}.')
+        for key, value in found.items():
+            self._check(key, value, self._position(text, key))
+        return found
+
+    @staticmethod
+    def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        return found
+
+    def _position(self, text: str, key: str) -> str:
+        match = re.search(re.escape(json.dumps(key)) + r"\s*:", text)
+        at = match.start() if match else 0
+        return f"{self.path}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+
+    @staticmethod
+    def _check(key: str, value: object, where: str) -> None:
+        if key not in SETTINGS:
+            import difflib
+
+            near = difflib.get_close_matches(key, SETTINGS, 1)
+            raise UsageError(f"{where}: unknown key {key!r}",
+                             f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS))
+        wanted, test = SETTINGS[key]
+        if value is not None and not test(value):
+            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}")
+
+    def settings(self) -> Settings:
+        """The file's values over the defaults, with `~` expanded in paths."""
+        found = {key: value for key, value in self.load().items() if value is not None}
+        return Settings(**{key: os.path.expanduser(value) if key in PATHS else value for key, value in found.items()})
+
+    def set(self, key: str, text: str) -> None:
+        """Sets one key (an empty text unsets it) and keeps the others. A symlinked file keeps its link."""
+        found = self.load()
+        found.pop(key, None)
+        value: object = text
+        if key in SETTINGS and type(Settings._field_defaults[key]) in (int, float, bool):
+            with contextlib.suppress(ValueError):
+                value = json.loads(text)
+        self._check(key, None if text == "" else value, "config")
+        if text != "":
+            found[key] = value
+        write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
+
+
+# ---- the choke point: utmctl and osascript
+
+# The scripts for osascript (contract 7). They read the configuration, change it in place and send the whole
+# record back, because UTM removes the elements of a list that a record does not name.
+ADDRESSES = """\
+-- kodemachine: addresses
+on run argv
+  tell application "UTM"
+    set report to ""
+    repeat with vm in (get virtual machines)
+      try
+        set config to configuration of vm
+        set nics to network interfaces of config
+        repeat with nic in nics
+          set report to report & id of vm & " " & address of nic & "\\n"
+        end repeat
+      on error
+        set report to report & id of vm & " ?\\n"
+      end try
+    end repeat
+    return report
+  end tell
+end run
+"""
+CONFIGURE = """\
+-- kodemachine: configure
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set config to configuration of vm
+    if item 2 of argv is not "" then set name of config to item 2 of argv
+    if item 3 of argv is not "" then set memory of config to (item 3 of argv) as integer
+    if item 4 of argv is not "" then set cpu cores of config to (item 4 of argv) as integer
+    set nics to network interfaces of config
+    set n to 4
+    repeat with nic in nics
+      set n to n + 1
+      if not (n > (count of argv)) then set address of nic to item (n) of argv
+    end repeat
+    update configuration of vm with config
+    set config to configuration of vm
+    set report to name of config & "\\n" & memory of config & "\\n" & cpu cores of config & "\\n"
+    set nics to network interfaces of config
+    repeat with nic in nics
+      set report to report & address of nic & "\\n"
+    end repeat
+    return report
+  end tell
+end run
+"""
+
+
+class Utmctl:
+    """The one door to utmctl and osascript: finds them, bounds every call, and says what became of it."""
+
+    def __init__(self, configured: str | None, interrupts: Interrupts, notes: Notes) -> None:
+        self._configured, self._interrupts, self.notes = configured, interrupts, notes
+        self._found: dict[str, str] = {}
+        self._calls: set[Call] = set()
+        self._closed = False
+
+    def path(self, program: str = "utmctl") -> str:
+        """The real path of utmctl: through a link UTM's sandbox hides it from itself (contract 4)."""
+        if program not in self._found:
+            places = [shutil.which(program) or "", *(UTMCTL_PLACES if program == "utmctl" else ())]
+            if program == "utmctl" and self._configured:
+                places = [self._configured]
+            usable = [p for p in map(os.path.expanduser, filter(None, places)) if os.path.isfile(p) and os.access(p, os.X_OK)]
+            if not usable:
+                where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
+                raise Unreachable(f"there is no {program}{where}", "Install UTM (brew install --cask utm), or name "
+                                  "its utmctl: kodemachine config set utmctl PATH" if program == "utmctl" else
+                                  "It is part of macOS, and only there UTM runs.")
+            self._found[program] = os.path.realpath(usable[0])
+        return self._found[program]
+
+    def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
+              keep: Sequence[int] = ()) -> Call:
+        """Starts one call; `limit` in seconds, the verb's own if None. Raises Unreachable if it cannot be run at all."""
+        argv = [self.path("osascript"), *args] if verb == "osascript" else [self.path(), verb, *args]
+        try:
+            with self._interrupts.held():       # between the child's birth and its entry here it would be lost
+                call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
+                self._calls.add(call)
+        except OSError as failure:
+            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}") from None
+        if self._closed:
+            call.end()
+            raise Interrupted(signal.SIGTERM)
+        return call
+
+    def finish(self, call: Call, seconds: float | None = None) -> Reply | None:
+        """The reply of a call, or None if it is still under way after `seconds`."""
+        reply = call.wait(seconds)
+        if reply and call in self._calls:
+            self._calls.discard(call)
+            words = [arg if "\n" not in arg else "..." for arg in call.argv[1:]]
+            numbers = "".join(f" {number}" for number in reply.numbers)
+            self.notes.trace(f"{os.path.basename(call.argv[0])} {shlex.join(words)}: {reply.outcome.value}{numbers}, "
+                             f"exit {reply.code}, {reply.seconds:.2f} s")
+        return reply
+
+    def drop(self, call: Call | None) -> None:
+        """Ends a call whose answer is no longer wanted."""
+        if call:
+            call.end()
+            self.finish(call)
+
+    def call(self, verb: str, *args: str, limit: float | None = None) -> Reply:
+        """One call from its beginning to its end."""
+        reply = self.finish(self.begin(verb, *args, limit=limit))
+        assert reply
+        return reply
+
+    def script(self, text: str, *args: str) -> Reply:
+        """Runs an AppleScript; unlike utmctl, osascript says by its exit status that it failed (contract 7)."""
+        return self.call("osascript", "-e", text, *args)
+
+    def gather(self, calls: Sequence[tuple[str, ...]], limit: float) -> list[Reply]:
+        """The replies of many calls, at most WIDTH * 2 at the same time."""
+        waiting = list(enumerate(calls))
+        active: dict[int, Call] = {}
+        replies: dict[int, Reply] = {}
+        while waiting or active:
+            while waiting and len(active) < WIDTH * 2:
+                i, words = waiting.pop(0)
+                active[i] = self.begin(*words, limit=limit)
+            handles = [fd for call in active.values() for fd in call.handles]
+            select.select(handles, [], [], 0.2 if len(handles) >= 2 * len(active) else 0.005)
+            for i, call in list(active.items()):
+                reply = self.finish(call, 0)
+                if reply:
+                    replies[i] = reply
+                    del active[i]
+        return [replies[i] for i in range(len(calls))]
+
+    def insist(self, reply: Reply) -> Reply:
+        """The reply, unless no repetition could help: raises Unreachable."""
+        if reply.outcome is Outcome.REFUSED:
+            raise Unreachable("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
+        if reply.outcome is Outcome.NO_APP:
+            raise Unreachable("utmctl does not find UTM", "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
+        if reply.outcome is Outcome.USAGE:
+            raise Unreachable(f"this utmctl is too old: {printable(reply.sentence or reply.err.strip())}", "Update UTM.")
+        return reply
+
+    def rows(self, tolerant: bool = False) -> list[Row]:
+        """A clean list, asked for until it is one (contract 0, 4).
+
+        After three answers a list counts in which only states are unknown; with `tolerant` (for looking, never
+        for acting) also one with rows that cannot be read. An empty one only after WARM_UP.
+        Raises Unreachable or TimedOut.
+        """
+        crashes, began = 0, time.monotonic()
+        for asked, _ in enumerate(attempts(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
+            reply = self.insist(self.call("list"))
+            listing = judge_list(reply)
+            if listing.whole and (listing.rows or time.monotonic() - began >= WARM_UP):
+                return listing.rows
+            if listing.whole and asked == 1:
+                self.notes.step("UTM shows no machines; waiting whether it is just starting")
+            if asked >= 3 and listing.rows and (listing.named or tolerant):
+                if not listing.named:
+                    self.notes.warn("UTM's list was incomplete; what could be read of it is shown")
+                return listing.rows
+            crashes += reply.outcome is Outcome.CRASHED
+            if crashes == 3:
+                raise Unreachable(f"utmctl crashed (exit {reply.code})",
+                                  "It needs your session at the screen, outside of any sandbox. Is UTM installed whole?")
+        if reply.outcome is Outcome.DONE:
+            raise TimedOut("UTM's list cannot be read in full", "Look at UTM's window: a machine may have a name with a "
+                           "line break, or be broken. See the answer with: utmctl list")
+        number = f" ({reply.numbers[-1]})" if reply.numbers else ""
+        raise TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}", "Is UTM asking something on the screen? Do not "
+                       "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."))
+
+    def close(self) -> None:
+        """Ends whatever is still under way; used once, on the way out."""
+        self._closed = True
+        for call in list(self._calls):
+            call.end()
+
+
+# ---- the bundle on disk: optional knowledge
+
+
+def private_size(path: str) -> int | None:
+    """Bytes that only this file holds, which its deletion would free; None if the file system does not say.
+
+    APFS: getattrlist with ATTR_CMNEXT_PRIVATESIZE (0x8 among the fork attributes, with FSOPT_ATTR_CMN_EXTENDED;
+    Apple's sys/attr.h and getattrlist(2)). The answer: a 32-bit length, five 32-bit words that say which
+    attributes were returned, and the size as off_t, packed to 4 bytes.
+    """
+    import ctypes
+
+    request = ctypes.create_string_buffer(attribute_request(), 24)
+    answer = ctypes.create_string_buffer(64)
+    library = ctypes.CDLL(None, use_errno=True)
+    no_follow, extended = 0x1, 0x20
+    if library.getattrlist(os.fsencode(path), request, answer, ctypes.c_size_t(64), ctypes.c_uint(no_follow | extended)):
+        return None
+    return parse_private_size(answer.raw)
+
+
+def attribute_request() -> bytes:
+    """`struct attrlist`: five groups; ATTR_CMN_RETURNED_ATTRS among the common, the private size among the fork ones."""
+    import struct
+
+    return struct.pack("=HHIIIII", 5, 0, 0x80000000, 0, 0, 0, 0x8)
+
+
+def parse_private_size(answer: bytes) -> int | None:
+    """The size in getattrlist's answer, None if it was not returned or makes no sense."""
+    import struct
+
+    length, _common, _volume, _folder, _file, fork, size = struct.unpack_from("=IIIIIIq", answer)
+    return int(size) if length >= 32 and fork & 0x8 and size >= 0 else None
+
+
+def disk_usage(bundle: str) -> tuple[int, int]:
+    """Allocated bytes of a folder, and those that its deletion frees. Symbolic links are not followed.
+
+    What is freed: on macOS each file's private size; elsewhere the blocks of files without hard links outside.
+    """
+    files: dict[tuple[int, int], list[tuple[str, os.stat_result]]] = {}
+    folders = [bundle]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                info = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode):
+                    folders.append(entry.path)
+                elif stat.S_ISREG(info.st_mode):
+                    files.setdefault((info.st_dev, info.st_ino), []).append((entry.path, info))
+    size = frees = 0
+    for links in files.values():
+        path, info = links[0]
+        blocks = info.st_blocks * 512
+        size += blocks
+        if info.st_nlink <= len(links):
+            own = private_size(path) if sys.platform == "darwin" else None
+            frees += blocks if own is None else min(own, blocks)
+    return size, frees
+
+
+def read_bundle(documents: str, uuid: str, name: str) -> Disk:
+    """What the bundle of a machine tells. Raises OSError or ValueError; a folder of another machine tells nothing."""
+    import plistlib
+
+    bundle = os.path.join(documents, re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm")
+    text = read_text(os.path.join(bundle, "config.plist"))
+    try:
+        plist = plistlib.loads((text or "").encode())
+        if plist["Information"]["UUID"] != uuid:
+            return Disk()
+        memory = int(plist["System"]["MemorySize"]) << 20
+    except (KeyError, TypeError, AttributeError, plistlib.InvalidFileException, RecursionError, SyntaxError) as failure:
+        raise ValueError(f"{bundle}: {failure}") from None
+    except Exception as failure:        # expat's own error, whose class plistlib does not name
+        raise ValueError(f"{bundle}: {failure}") from None
+    return Disk(memory, *disk_usage(bundle))
+
+
+def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Callable[[], None]) -> dict[str, Disk]:
+    """What the bundles tell within `seconds`, by UUID; nothing of those that cannot be read.
+
+    In a thread of its own: while macOS asks the person whether we may look, the read hangs (contract 6).
+    """
+    found: dict[str, Disk] = {}
+
+    def read() -> None:
+        for row in rows:
+            with contextlib.suppress(OSError, ValueError):
+                found[row.uuid] = read_bundle(documents, row.uuid, row.name)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    deadline = time.monotonic() + seconds
+    while reader.is_alive() and time.monotonic() < deadline:
+        reader.join(0.2)
+        tick()
+    return dict(found)
+
+
+# ---- the way to the guest's ssh server
+
+
+class Prober:
+    """Connects to the ssh port of all candidates at once; the first that greets as an SSH server wins.
+
+    So a container bridge or a VPN address in the guest loses by itself. The less likely an address, the later
+    it is tried, unless there is no better one (as in RFC 8305).
+    """
+
+    HEAD_START = (0.0, 0.25, 1.5, 1.5)      # seconds, by rank
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._began: float | None = None
+        self._tries: dict[str, tuple[Any, float]] = {}      # address -> its socket, when it was opened
+        self._rest: dict[str, float] = {}                   # address -> not before that time
+        self.errors: dict[str, int] = {}
+
+    def aim(self, addresses: Sequence[str]) -> None:
+        """Replaces the candidates."""
+        for address in [a for a in self._tries if a not in addresses]:
+            self._give_up(address, 0)
+        self._rest = {address: self._rest.get(address, 0.0) for address in addresses}
+        self._began = self._began or (time.monotonic() if addresses else None)
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether the system says of every candidate that there is no route to it."""
+        return bool(self.errors) and set(self.errors.values()) == {errno.EHOSTUNREACH}
+
+    def step(self, seconds: float) -> str | None:
+        """Goes on for at most `seconds`; the address that greeted, if one has. Its connection is closed by then."""
+        now = time.monotonic()
+        best = min(map(address_rank, self._rest), default=0)
+        for address, since in self._rest.items():
+            wait = self.HEAD_START[address_rank(address)] if address_rank(address) > best else 0.0
+            if address not in self._tries and now >= max(since, (self._began or now) + wait):
+                self._connect(address)
+        sockets = {sock: address for address, (sock, _) in self._tries.items()}
+        if not sockets:
+            time.sleep(seconds)
+            return None
+        ready = select.select(list(sockets), [], [], seconds)[0]
+        greeted = [sockets[sock] for sock in ready if self._greets(sockets[sock])]
+        for address, (_, opened) in list(self._tries.items()):
+            if time.monotonic() - opened > GREETING:
+                self._give_up(address, errno.ETIMEDOUT)
+        if greeted:
+            self.close()
+        return min(greeted, key=address_rank, default=None)
+
+    def _connect(self, address: str) -> None:
+        import socket
+
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        self._tries[address] = (sock, time.monotonic())
+        try:
+            failure = sock.connect_ex((address, self._port))
+        except OSError as bad:          # an address that only looks like one
+            failure = bad.errno or errno.EINVAL
+        if failure not in (0, errno.EINPROGRESS):
+            self._give_up(address, failure)
+
+    def _greets(self, address: str) -> bool:
+        try:
+            greeting = self._tries[address][0].recv(4)
+        except BlockingIOError:
+            return False
+        except OSError as failure:
+            self._give_up(address, failure.errno or errno.EIO)
+            return False
+        if greeting != b"SSH-":
+            self._give_up(address, errno.EPROTO)
+        return bool(greeting == b"SSH-")
+
+    def _give_up(self, address: str, failure: int) -> None:
+        sock, _ = self._tries.pop(address)
+        sock.close()
+        self.errors[address] = failure
+        self._rest[address] = time.monotonic() + 0.1
+
+    def close(self) -> None:
+        """Closes every connection: sshd counts those that are only looking, too."""
+        for address in list(self._tries):
+            self._give_up(address, 0)
+
+
+# ---- one machine
+
+
+class VM:
+    """One machine as a state object, addressed by UUID. What it tells is asked for when wanted, and not before."""
+
+    def __init__(self, utm: Utmctl, row: Row) -> None:
+        self._utm, self._notes = utm, utm.notes
+        self.uuid, self.name, self.power = row.uuid, row.name, row.power
+        self._lost = 0
+
+    def status(self) -> Power:
+        """The state as UTM tells it now; UNKNOWN if it does not. Raises NotFound if a clean list lacks the machine."""
+        reply = self._utm.insist(self._utm.call("status", self.uuid))
+        self.power = Power(reply.out.strip()) if reply.outcome is Outcome.DONE else Power.UNKNOWN
+        self._lost = self._lost + 1 if reply.outcome is Outcome.MISSING else 0
+        if self._lost and self._lost % 3 == 0 and self.uuid not in {row.uuid for row in self._utm.rows()}:
+            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile")
+        return self.power
+
+    def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
+                 before_cold: Callable[[], None] = lambda: None) -> None:
+        """Starts or resumes, until the state is `started`; the state is believed, never the exit status (contract 2).
+
+        `before_cold` runs before the first start from `stopped`. Raises TimedOut after `limit` seconds, or
+        KodeError with UTM's words if it stays as it was after three requests.
+        """
+        options = ["--hide"] * hide + ["--disposable"] * disposable
+        asked, again_at, complaint = 0, 0.0, ""
+        told: Power | None = self.power         # by the list that this machine was just taken from
+        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
+            power, told = told or self.status(), None
+            if power is Power.STARTED:
+                return
+            if power in (Power.STOPPED, Power.PAUSED) and time.monotonic() >= again_at:
+                if asked == 3:
+                    raise KodeError(f"{self.name} does not start, it stays {power.value}" + (f": {complaint}" if complaint else ""),
+                                    "Try it in UTM's window; it may show more.")
+                if power is Power.STOPPED and not asked:
+                    before_cold()
+                reply = self._utm.insist(self._utm.call("start", *options, self.uuid))
+                complaint = printable(reply.sentence)
+                asked, again_at = asked + 1, time.monotonic() + ASK_AGAIN
+        raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})",
+                       "Look at it in UTM's window, or allow more time with --timeout.")
+
+    def greet(self, port: int, limit: float, call: Call | None = None) -> str:
+        """Waits until the guest's ssh server greets, and returns its address. `call`: a question already asked.
+
+        The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the machine
+        is off, TimedOut after `limit` seconds.
+        """
+        prober, ask_at, pause = Prober(port), 0.0, 0.2
+        known: list[str] = []
+        deadline = time.monotonic() + limit
+        told = False
+        try:
+            while time.monotonic() < deadline:
+                if call is None and time.monotonic() >= ask_at:
+                    call = self._utm.begin("ip-address", self.uuid)
+                winner = prober.step(0.02) if known or not call else None
+                if winner:
+                    return winner
+                reply = self._utm.finish(call, 0.02 if known else 0.2) if call else None
+                if reply:
+                    call = None
+                    known = parse_addresses(reply.out) if reply.outcome is Outcome.DONE else known
+                    prober.aim(known)
+                    ask_at, pause = time.monotonic() + pause, min(pause * 1.3, 1.0)
+                    if reply.outcome is not Outcome.DONE:
+                        self._utm.insist(reply)
+                        self._must_run()
+                if prober.unreachable and not told and limit - (deadline - time.monotonic()) > 8 and local_network_rules():
+                    told = True
+                    self._notes.warn(LOCAL_NETWORK)
+                self._notes.tick()
+        finally:
+            prober.close()
+            self._utm.drop(call)
+        seen = f"its ssh port does not answer at {', '.join(known)}" if known else "its guest agent tells no address"
+        raise TimedOut(f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
+                       LOCAL_NETWORK if prober.unreachable and local_network_rules() else
+                       "Look at its console (kodemachine attach LABEL), or allow more time with --timeout.")
+
+    def _must_run(self) -> None:
+        if self.status() in (Power.STOPPED, Power.PAUSED):
+            raise KodeError(f"{self.name} is {self.power.value}: it went off while it was being waited for",
+                            "Its console may tell more: kodemachine start -d LABEL, then kodemachine attach LABEL")
+
+    def addresses(self, limit: float | None = None) -> list[str]:
+        """The addresses that the guest agent tells, likeliest first; none if it does not answer."""
+        reply = self._utm.call("ip-address", self.uuid, limit=limit)
+        return parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
+
+    def ask_to_stop(self, limit: float) -> None:
+        """Presses the power key until the guest has powered off. A paused machine is resumed to hear it.
+
+        Raises TimedOut after `limit` seconds; nothing was forced then.
+        """
+        again_at = 0.0
+        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
+            power = self.status()
+            if power is Power.STOPPED:
+                return
+            if time.monotonic() >= again_at and power in (Power.STARTED, Power.PAUSED):
+                words = ("stop", self.uuid, "--request") if power is Power.STARTED else ("start", "--hide", self.uuid)
+                self._utm.insist(self._utm.call(*words))
+                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED else ASK_AGAIN)
+        raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
+                       "Turn it off hard: kodemachine stop --force LABEL")
+
+    def force_off(self, kill: bool = False) -> None:
+        """Turns off through UTM's stages, --force and then --kill, until the state is `stopped` (contract 2)."""
+        for stage in ("--kill",) if kill else ("--force", "--kill"):
+            again_at = 0.0
+            for _ in attempts(FORCE_STAGE, self._notes.tick, 0.1, 0.5):
+                power = self.status()
+                if power is Power.STOPPED:
+                    return
+                if stage == "--force" and power in (Power.PAUSED, Power.STOPPING):
+                    if power is Power.PAUSED:       # --force is refused there
+                        break
+                elif time.monotonic() >= again_at and (stage == "--kill" or power is Power.STARTED):
+                    self._utm.insist(self._utm.call("stop", self.uuid, stage))
+                    again_at = time.monotonic() + ASK_AGAIN
+        raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.value})", "Quit UTM and open it again.")
+
+    def suspend(self, limit: float, save: bool) -> None:
+        """Pauses to memory, with `save` also to disk; raises KodeError if only the pause succeeded (contract 2)."""
+        asked: Reply | None = None
+        again_at = 0.0
+        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
+            power = self.status()
+            if power is Power.STOPPED:
+                raise WrongState(f"{self.name} is stopped, there is nothing to suspend")
+            if power is Power.PAUSED and (not save or (asked and asked.outcome is Outcome.DONE)):
+                return
+            if power is Power.PAUSED and not asked:
+                raise WrongState(f"{self.name} is paused already; only a running machine can be saved",
+                                 "First: kodemachine resume LABEL")
+            if power is Power.PAUSED and asked:
+                words = printable(asked.sentence) or f"UTM gave no clear answer ({asked.outcome.value})"
+                raise KodeError(f"{self.name} is paused in memory, but was not saved to disk: {words}",
+                                "It goes on with: kodemachine resume LABEL")
+            if power is Power.STARTED and time.monotonic() >= again_at:
+                if asked and asked.outcome is Outcome.FAILED:
+                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
+                asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
+                again_at = time.monotonic() + ASK_AGAIN
+        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})")
+
+    def delete(self, limit: float) -> None:
+        """Deletes a stopped machine, and returns when a clean list lacks it. `utmctl delete` asks nobody (contract 1.2).
+
+        Right before each request a clean list has to show this UUID under this name, stopped. One without an answer is
+        looked after, and repeated once (contract 9.6). Raises WrongState, TimedOut, or KodeError with UTM's words.
+        """
+        asked, again_at, complaint = 0, 0.0, ""
+        for _ in attempts(limit, self._notes.tick, 0.1, 1.0):
+            row = next((row for row in self._utm.rows() if row.uuid == self.uuid), None)
+            if row is None:
+                return
+            if row.name != self.name:
+                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted")
+            if row.power is Power.UNKNOWN or time.monotonic() < again_at:
+                continue
+            if row.power is not Power.STOPPED:
+                raise WrongState(f"{self.name} is {row.power.value} and was not deleted", "Stop it first, or add --force.")
+            if asked == 2:
+                break
+            reply = self._utm.insist(self._utm.call("delete", self.uuid))
+            if reply.outcome is Outcome.FAILED and asked:
+                break
+            complaint = printable(reply.sentence)
+            asked += 1
+            again_at = time.monotonic() + (1.0 if reply.outcome in (Outcome.FAILED, Outcome.MISSING) else DELETE_SETTLE)
+        raise TimedOut(f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
+                       "Look at it in UTM's window, then try again.")
+
+    def serial_port(self, index: int | None) -> str:
+        """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""
+        reply = self._utm.insist(self._utm.call("attach", self.uuid, *([f"--index={index}"] if index is not None else [])))
+        match = re.search(r"^(?:PTTY|TCP): (\S+)$", reply.out, re.MULTILINE)
+        if match:
+            return match.group(1)
+        if reply.outcome is not Outcome.DONE:
+            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}")
+        raise KodeError(f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
+                        "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.")
+
+
+def local_network_rules() -> bool:
+    """Whether this is macOS 15 (Darwin 24) or newer, which asks before a program may speak to the local network."""
+    system = os.uname()
+    return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
+
+
+# ---- the fleet
+
+# What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
+# mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
+PERSONALITY = r"""
+label=$1
+{ printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
+printf '%s\n' "$label" > /etc/hostname
+if grep -q '^127\.0\.1\.1[[:space:]]' /etc/hosts; then
+  hosts=$(sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $label/" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
+else
+  printf '127.0.1.1 %s\n' "$label" >> /etc/hosts
+fi
+echo "hostname=$(cat /proc/sys/kernel/hostname)"
+for key in /etc/ssh/ssh_host_*_key.pub; do
+  if [ -f "$key" ]; then sed 's/^/key=/' "$key"; fi
+done
+echo "machine-id=$(cat /etc/machine-id)"
+echo "end=$label"
+"""
+
+
+class Manager:
+    """The fleet: from a label to a machine, and everything that is done to machines."""
+
+    def __init__(self, settings: Settings, utm: Utmctl, state: State) -> None:
+        self.settings, self.utm, self.state = settings, utm, state
+        self._notes = utm.notes
+
+    # -- names
+
+    def label(self, text: str) -> str:
+        """The label that a person's word stands for; the prefix typed by habit is dropped. Raises UsageError."""
+        label = text.removeprefix(self.settings.prefix)
+        if text == ".":
+            label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(os.getcwd()).lower()).strip("-")
+            label = label[:63 - len(self.settings.prefix)].rstrip("-")
+        shown = printable(text) if text else "an empty word"
+        if label in RESERVED:
+            raise UsageError(f"{shown!r} is a command of kodemachine and cannot be a machine's label",
+                             "See: kodemachine help")
+        if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
+            raise UsageError(f"{shown!r} cannot be a label", "A label has lower-case letters, digits and inner hyphens, "
+                             "such as project-alpha.")
+        if len(self.settings.prefix + label) > 63:
+            raise UsageError(f"{label!r} is too long for a label",
+                             f"At most {63 - len(self.settings.prefix)} characters fit, with the prefix {self.settings.prefix!r}.")
+        return label
+
+    def label_of(self, name: str) -> str | None:
+        """The label in a machine's name; None for a name that no label of ours makes."""
+        label = name[len(self.settings.prefix):]
+        ours = name.startswith(self.settings.prefix) and len(name) <= 63 and LABEL.fullmatch(label)
+        return label if ours and not label.startswith(self.settings.prefix) else None
+
+    def _image_uuids(self) -> set[str]:
+        images = (record.get("image") for record in self.state.records().values())
+        return {image["uuid"] for image in images if isinstance(image, dict) and isinstance(image.get("uuid"), str)}
+
+    def images(self, rows: Sequence[Row]) -> list[Row]:
+        """The golden images among the rows: the configured one, any kodeimage-v..., and any that a clone came from."""
+        bases = self._image_uuids()
+        return [row for row in rows if row.name == self.settings.base_image or row.name.startswith("kodeimage-v")
+                or row.uuid in bases]
+
+    def clones(self, rows: Sequence[Row]) -> list[Row]:
+        """The machines that are ours: the prefix and a valid label make the name, and it is no image."""
+        images = set(self.images(rows))
+        return [row for row in rows if row not in images and self.label_of(row.name)]
+
+    def row_of(self, rows: Sequence[Row], label: str) -> Row | None:
+        """The one clone of that label. Raises WrongState if two bear its name, or if it is an image."""
+        name = self.settings.prefix + label
+        found = [row for row in rows if row.name == name]
+        if len(found) > 1:
+            raise WrongState(f"{len(found)} machines are called {name}: " + ", ".join(row.uuid for row in found),
+                             "Rename or delete one of them in UTM.")
+        if found and found[0] in self.images(rows):
+            raise WrongState(f"{name} is an image that other machines were cloned from, not a clone",
+                             "Images are never started or changed.")
+        return found[0] if found else None
+
+    def find(self, label: str) -> VM:
+        """The clone of that label. Raises NotFound if a clean list lacks it."""
+        rows = self.utm.rows()
+        row = self.row_of(rows, label)
+        if row is None:
+            labels = sorted(str(self.label_of(row.name)) for row in self.clones(rows))
+            raise NotFound(f"there is no machine {label}", f"There are: {', '.join(labels)}" if labels else
+                           f"Make it: kodemachine {label}")
+        return VM(self.utm, row)
+
+    @contextlib.contextmanager
+    def holding(self, label: str, *, wait: bool = True) -> Iterator[None]:
+        """Holds the label's lock, which comes before the fleet's."""
+        with self.state.lock(self.settings.prefix + label, self.settings.lock_limit, wait=wait):
+            yield
+
+    @contextlib.contextmanager
+    def _fleet(self) -> Iterator[None]:
+        with self.state.lock("fleet", self.settings.lock_limit):
+            yield
+
+    def record_of(self, uuid: str) -> dict[str, Any]:
+        """What is known of a machine."""
+        return self.state.records().get(uuid, {})
+
+    # -- the spawn
+
+    def obtain(self, label: str, wishes: Wishes) -> tuple[VM, bool, Call | None]:
+        """The clone of that label, made if it is missing; whether it was; and a question for its addresses.
+
+        That question is asked of the UUID remembered for the name while the list is on its way, and its answer is
+        only kept if the list shows exactly that machine, started. Callers hold the label's lock.
+        """
+        name = self.settings.prefix + label
+        known = [uuid for uuid, record in self.state.records().items() if record.get("name") == name and UUID.fullmatch(uuid)]
+        call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
+        try:
+            rows = self.utm.rows()
+            row = self.row_of(rows, label)
+            if row is None:
+                self._may_clone(label, wishes)
+                vm = VM(self.utm, self._clone(name, wishes))
+                return vm, True, None
+            self._adopt(Intent(self.state, name), row)
+            self._keep_as_it_is(row, label, wishes)
+            if row.uuid in known and row.power is Power.STARTED:
+                kept, call = call, None
+                return VM(self.utm, row), False, kept
+            return VM(self.utm, row), False, None
+        finally:
+            self.utm.drop(call)
+
+    def _may_clone(self, label: str, wishes: Wishes) -> None:
+        if not wishes.may_clone:
+            raise NotFound(f"there is no machine {label}", f"Make it: kodemachine {label}")
+        near = next((word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+        if wishes.bare and near:
+            raise UsageError(f"there is no machine {label}; did you mean {near!r}?",
+                             f"To make a machine of that name all the same: kodemachine start {label}")
+
+    def _keep_as_it_is(self, row: Row, label: str, wishes: Wishes) -> None:
+        """Refuses wishes that only a new machine, or one that is off, could fulfil."""
+        record = self.record_of(row.uuid)
+        again = f"To replace it: kodemachine start {label} --fresh"
+        if wishes.only_new:
+            raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself", again)
+        image = record.get("image") or {}
+        if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
+            raise WrongState(f"{row.name} was cloned from {printable(image.get('name', 'an unknown image'))}", again)
+        if wishes.cpus or wishes.memory:
+            raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
+        if wishes.disposable and record.get("saved"):
+            raise WrongState(f"{row.name} has a saved session, which --disposable would lose",
+                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
+        if wishes.disposable and row.power is not Power.STOPPED and not record.get("disposable"):
+            raise WrongState(f"{row.name} is {row.power.value}; only a stopped machine can be started as disposable",
+                             f"First: kodemachine stop {label}")
+
+    def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
+        """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
+        images = [row for row in rows if IMAGE.fullmatch(row.name)]
+        names = ", ".join(sorted(printable(row.name) for row in self.images(rows))) or "none yet"
+        wanted = wanted or self.settings.base_image
+        if wanted is None and not images:
+            raise NotFound("there is no image to clone", "Make a virtual machine in UTM, and name it kodeimage-v0.1.0 "
+                           "(README: The golden image).")
+        if wanted is None:
+            wanted = max(images, key=lambda row: tuple(map(int, row.name[11:].split(".")))).name
+        found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()]
+        if not found:
+            raise NotFound(f"there is no image {printable(wanted)}", f"Images: {names}. Choose one with --base, or: "
+                           "kodemachine config set base_image NAME")
+        if len(found) > 1:
+            raise WrongState(f"{len(found)} machines are called {printable(wanted)}: " + ", ".join(row.uuid for row in found),
+                             "Rename one of them in UTM.")
+        if found[0] in self.clones(rows):
+            raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
+        if found[0].power is not Power.STOPPED:
+            raise WrongState(f"the image {printable(wanted)} is {found[0].power.value}; only a stopped one can be cloned",
+                             f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}")
+        return found[0]
+
+    def _adopt(self, intent: Intent, row: Row) -> bool:
+        """Records a machine that came of an intent; true if this one did."""
+        earlier = intent.load()
+        if not earlier or row.uuid in earlier["listed"]:
+            return False
+        self.state.record(row.uuid, name=row.name, image={"name": earlier["base"], "uuid": earlier["base_uuid"]},
+                          created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(earlier["time"])))
+        intent.remove()
+        return True
+
+    def _clone(self, name: str, wishes: Wishes) -> Row:
+        """A new machine of that name, by way of a recorded intent; carries on what an earlier run began."""
+        intent = Intent(self.state, name)
+        with self._fleet():
+            rows = self.utm.rows()
+            earlier = intent.load()
+            row = None
+            if earlier:
+                left = earlier["time"] + self.settings.clone_timeout - time.time()
+                self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {max(0, left):.0f} s)")
+                row = self._await_clone(name, earlier, intent, None, max(0.0, min(left, self.settings.clone_timeout)))
+                if row and wishes.only_new:
+                    self._adopt(intent, row)
+                    self._keep_as_it_is(row, str(self.label_of(name)), wishes)
+            if row is None:
+                rows = self.utm.rows() if earlier else rows
+                row = self._clone_anew(name, intent, self.base(rows, wishes.base), rows)
+            self._adopt(intent, row)
+            self.state.record(row.uuid, name=name, rm=True if wishes.only_new else None)
+            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
+            return row
+
+    def _clone_anew(self, name: str, intent: Intent, base: Row, rows: Sequence[Row]) -> Row:
+        clash = [row for row in rows if row.name.lower() == name]
+        if clash:
+            raise WrongState(f"there is a machine {printable(clash[0].name)} already ({clash[0].uuid})",
+                             "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+        self._await_other_calls(base)
+        for repeat in (False, True):
+            self._notes.step(f"cloning {printable(base.name)} to {name}")
+            declared, handle = intent.declare(base, rows)
+            try:
+                call = self.utm.begin("clone", base.uuid, "--name", name, limit=self.settings.clone_timeout, keep=[handle])
+            except BaseException:
+                intent.remove()             # nothing was asked of UTM
+                raise
+            finally:
+                os.close(handle)
+            try:
+                row = self._await_clone(name, declared, intent, call, self.settings.clone_timeout)
+            finally:
+                self.utm.drop(call)
+            if row:
+                return row
+            if repeat:
+                break
+        assert call.reply
+        intent.remove()
+        raise Unreachable(f"UTM did not take the order to clone {printable(base.name)} ({call.reply.outcome.value}"
+                          + "".join(f" {n}" for n in call.reply.numbers[-1:]) + ")", "Open UTM and try again. " + NOT_ALLOWED)
+
+    def _await_other_calls(self, base: Row) -> None:
+        """Waits for clone calls that outlived their kodemachine: two at once race for one temporary name (contract 3)."""
+        folder = self.state.path("intents")
+        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
+        others = [(name, Intent(self.state, name)) for name in names]
+        for left in attempts(self.settings.clone_timeout, self._notes.tick):
+            busy = [name for name, other in others if other.call_alive() and (other.load() or {}).get("base_uuid") == base.uuid]
+            if not busy:
+                return
+            if left > self.settings.clone_timeout - 0.5:
+                self._notes.step(f"waiting until UTM has cloned {busy[0]}")
+
+    def _await_clone(self, name: str, intent: dict[str, Any], record: Intent, call: Call | None, limit: float) -> Row | None:
+        """The machine that comes of an intent, found by the UUIDs that were not there before (contract 3).
+
+        None if none came: of an earlier run's clone after `limit` seconds, of this one's `call` when UTM cannot have
+        begun it. Raises KodeError if it failed or if what came is not provably ours.
+        """
+        half_name = re.compile(re.escape(intent["base"]) + r"(?: \d+)?")
+        listed, renames = set(intent["listed"]), 0
+        seen: object = None
+        since = 0.0
+        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
+            reply = self.utm.finish(call, 1.0) if call else None
+            ended = reply is not None or not (call or record.call_alive())
+            new = [row for row in self.utm.rows() if row.uuid not in listed]
+            named, half = [row for row in new if row.name == name], [row for row in new if half_name.fullmatch(row.name)]
+            if seen != (new, ended):
+                seen, since = (new, ended), time.monotonic()
+            unchanged = time.monotonic() - since
+            if len(named) == 1 and named[0].power is not Power.UNKNOWN and (ended or unchanged >= UNCHANGED):
+                return named[0]
+            if len(named) > 1 or (ended and not named and len(half) > 1 and unchanged >= UNCHANGED):
+                both = ", ".join(f"{printable(row.name)} ({row.uuid})" for row in (named or half))
+                raise WrongState(f"more than one machine may be the new {name}: {both}",
+                                 f"Name one of them {name} in UTM, and delete or rename the others.")
+            if ended and not named and len(half) == 1 and half[0].power is Power.STOPPED and unchanged >= UNCHANGED:
+                if renames == 3:
+                    raise KodeError(f"the new machine is still called {printable(half[0].name)} ({half[0].uuid})",
+                                    f"Rename it to {name} in UTM, then run this again.")
+                renames += 1
+                self._rename(half[0], name)
+                since = time.monotonic()
+            elif reply and not new:
+                self._judge_clone(reply, name, intent, record, unchanged)
+                if unchanged >= SETTLE and self._was_not_taken(reply):
+                    return None
+        if half and not named:
+            raise TimedOut(f"the clone {name} is unfinished: {printable(half[0].name)} ({half[0].uuid}) is {half[0].power.value}",
+                           f"When UTM is done with it, run this again; or rename it to {name} in UTM.")
+        if call:
+            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
+                           "Run the same command again: it finds the machine if it has come, and makes no second one.")
+        return None
+
+    @staticmethod
+    def _was_not_taken(reply: Reply) -> bool:
+        """Whether a call failed in such a way that UTM probably never heard it, so that one repetition is safe."""
+        return reply.outcome is Outcome.MISSING or \
+            (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
+
+    def _judge_clone(self, reply: Reply, name: str, intent: dict[str, Any], record: Intent, seconds: float) -> None:
+        """Raises for a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
+        if reply.outcome in (Outcome.REFUSED, Outcome.NO_APP, Outcome.USAGE):
+            record.remove()
+            self.utm.insist(reply)
+        if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
+            record.remove()
+            self.base(self.utm.rows(), intent["base_uuid"])       # says so if it runs meanwhile
+            raise KodeError(f"UTM could not clone {printable(intent['base'])} to {name}: {printable(reply.sentence)}")
+        if reply.outcome is Outcome.DONE and seconds >= SETTLE:
+            record.remove()
+            raise KodeError(f"UTM reported that it cloned {printable(intent['base'])}, but there is no new machine",
+                            "Try again; is the disk full?")
+
+    def _rename(self, row: Row, name: str) -> None:
+        """Completes UTM's half-done renaming of a machine that is provably ours."""
+        self._notes.step(f"completing the name of {printable(row.name)}: {name}")
+        try:
+            reply = self.utm.insist(self.utm.script(CONFIGURE, row.uuid, name, "", ""))
+        except Unreachable as failure:
+            raise Unreachable(f"the new machine is still called {printable(row.name)} ({row.uuid}), and cannot be renamed: "
+                              f"{failure.message}", f"Rename it to {name} in UTM, then run this again.") from None
+        if reply.outcome is Outcome.FAILED:
+            self._notes.warn(f"UTM did not rename {printable(row.name)}: {printable(reply.sentence)}")
+
+    def bring_up(self, vm: VM, label: str, wishes: Wishes, call: Call | None = None) -> str:
+        """Starts or resumes a machine, waits for its ssh server and gives it its name; returns the address.
+
+        Callers hold the label's lock.
+        """
+        limit = wishes.timeout or self.settings.boot_timeout
+        began = time.monotonic()
+        record = self.record_of(vm.uuid)
+        if vm.power is not Power.STARTED:
+            self._notes.step(f"{'resuming' if vm.power is Power.PAUSED or record.get('saved') else 'starting'} {vm.name}")
+            vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
+                        before_cold=lambda: self._before_cold_start(vm, record, wishes))
+            record = self.record_of(vm.uuid)
+        if record.get("saved"):
+            self.state.record(vm.uuid, saved=None)
+        if not call:
+            self._notes.step(f"waiting for ssh on {vm.name}")
+        address = vm.greet(self.settings.ssh_port, max(5.0, limit - (time.monotonic() - began)), call)
+        if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
+            self._give_personality(vm, label)
+        return address
+
+    def _before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
+        saved = record.get("saved")
+        if not saved and (wishes.cpus or wishes.memory or not record.get("mac_checked")):
+            with self._fleet():
+                self._make_unique(vm, wishes)
+        was_disposable = record.get("disposable")
+        self.state.record(vm.uuid, name=vm.name, mac_checked=True if not saved else record.get("mac_checked"),
+                          disposable=wishes.disposable or None,
+                          host_keys=None if was_disposable and not record.get("personality") else record.get("host_keys"))
+
+    def _make_unique(self, vm: VM, wishes: Wishes) -> None:
+        """Gives a stopped machine network addresses that no other has, and its CPUs and memory (contract 3.5, 7).
+
+        Raises Unreachable if macOS refuses, KodeError if it could not be done or proved.
+        """
+        self._notes.step(f"checking the network address of {vm.name}")
+        problem = "UTM does not answer"
+        for _ in attempts(30, self._notes.tick, 0.3, 3.0):
+            found = self._hardware_addresses()
+            if found is None:
+                continue
+            mine = found.pop(vm.uuid, [])
+            others = {mac for macs in found.values() for mac in macs}
+            unsure = "?" in others or "?" in mine
+            shared = [mac in others or mine.count(mac) > 1 or unsure for mac in mine]
+            if not (any(shared) or wishes.cpus or wishes.memory):
+                return
+            wanted = [random_mac() if bad else mac for mac, bad in zip(mine, shared)]
+            fields = ["" if wish is None else str(wish) for wish in (wishes.memory, wishes.cpus)]
+            reply = self._insist_on_mac(self.utm.script(CONFIGURE, vm.uuid, "", *fields, *wanted), vm)
+            problem = printable(reply.sentence) or f"UTM answers {reply.outcome.value}"
+            lines = reply.out.splitlines()
+            if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
+                break
+            if reply.outcome is Outcome.DONE and lines[3:3 + len(wanted)] == wanted \
+                    and all(want in ("", got) for want, got in zip(fields, lines[1:3])):
+                return
+        raise KodeError(f"{vm.name} was not started: its network address could not be made unique ({problem})", MAC_SETTING)
+
+    def _hardware_addresses(self) -> dict[str, list[str]] | None:
+        """The MAC addresses of every machine, by UUID, upper-case; '?' where one cannot be read. None without an answer."""
+        reply = self._insist_on_mac(self.utm.script(ADDRESSES), None)
+        if reply.outcome is not Outcome.DONE:
+            return None
+        found: dict[str, list[str]] = {}
+        for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
+            found.setdefault(uuid, []).append(mac.upper() if MAC.fullmatch(mac) else "?")
+        return found
+
+    def _insist_on_mac(self, reply: Reply, vm: VM | None) -> Reply:
+        if reply.outcome is Outcome.REFUSED:
+            name = vm.name if vm else "the machine"
+            raise Unreachable(f"{name} was not started: macOS does not permit to check its network address (-1743)",
+                              f"{MAC_SETTING} {NOT_ALLOWED}")
+        return reply
+
+    def read_guest(self, vm: VM, label: str) -> tuple[list[str], str] | None:
+        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
+        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", label)
+        pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
+        told = dict(pairs)
+        if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
+            self._notes.warn(f"the guest agent did not name {vm.name} ({reply.outcome.value}"
+                             + (f": {printable(reply.sentence)}" if reply.sentence else "") + "); the next start tries again")
+            return None
+        return parse_host_keys([line for key, line in pairs if key == "key"]), told.get("machine-id", "")[:64]
+
+    def _give_personality(self, vm: VM, label: str) -> None:
+        self._notes.step(f"naming the guest {label}")
+        told = self.read_guest(vm, label)
+        if told is None:
+            return
+        record = self.record_of(vm.uuid)
+        keys = record.get("host_keys") if record.get("personality") else None
+        self.state.record(vm.uuid, name=vm.name, host_keys=keys or told[0] or None, machine_id=printable(told[1]) or None,
+                          personality=None if record.get("disposable") else True, learning=None)
+
+    # -- the handoff
+
+    def pin(self, vm: VM) -> bool:
+        """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
+
+        Then ssh may learn one, in the same file; the next handoff takes it over into the record.
+        """
+        record = self.record_of(vm.uuid)
+        recorded = record.get("host_keys")
+        keys = parse_host_keys([key for key in recorded if isinstance(key, str)]) if isinstance(recorded, list) else []
+        if not keys and record.get("learning"):
+            keys = self.state.pinned(vm.name)
+            self.state.record(vm.uuid, host_keys=keys or None)
+        self.state.pin(vm.name, keys)
+        if not keys and not record.get("learning"):
+            self.state.record(vm.uuid, name=vm.name, learning=True)
+        return bool(keys)
+
+    def ssh_options(self, name: str, pinned: bool) -> list[str]:
+        """The options that tie ssh and scp to this machine, whatever the person's own configuration says of `Host *`."""
+        path = self.state.known_hosts.replace("%", "%%")
+        options = {"HostKeyAlias": name, "UserKnownHostsFile": f'"{path}"', "GlobalKnownHostsFile": "/dev/null",
+                   "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
+                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "ProxyJump": "none",
+                   "ProxyCommand": "none", "CanonicalizeHostname": "no"}
+        identity = ["-i", self.settings.identity_file] if self.settings.identity_file else []
+        return [word for key, value in options.items() for word in ("-o", f"{key}={value}")] + identity
+
+    def ssh_argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
+        """The command line that ssh is given; the words of `command` are joined by the guest's login shell."""
+        user = ["-l", self.settings.ssh_user] if self.settings.ssh_user else []
+        return ["ssh", *self.ssh_options(vm.name, pinned), "-p", str(self.settings.ssh_port), *user, "--", address, *command]
+
+    # -- looking
+
+    @property
+    def documents(self) -> str:
+        """The folder of UTM's bundles."""
+        return self.settings.documents or os.path.expanduser(DOCUMENTS)
+
+    def survey(self, rows: Sequence[Row], *, ip: bool = True, disk: bool = True) -> list[Machine]:
+        """What `list` shows of these machines. One that is busy, hung or gone costs its own row a blank, not the list."""
+        records = self.state.records()
+        running = [row for row in rows if row.power is Power.STARTED] if ip else []
+        replies = self.utm.gather([("ip-address", row.uuid) for row in running], limit=5.0)
+        addresses = {row.uuid: (parse_addresses(reply.out) if reply.outcome is Outcome.DONE else [])
+                     for row, reply in zip(running, replies)}
+        disks = read_bundles(self.documents, rows, DISK_LIMIT, self._notes.tick) if disk and rows else {}
+        images = set(self.images(rows))
+        found = []
+        for row in rows:
+            record, on_disk = records.get(row.uuid, {}), disks.get(row.uuid, Disk())
+            image = record.get("image") if isinstance(record.get("image"), dict) else {}
+            found.append(Machine(None if row in images else self.label_of(row.name), row.name, row.uuid, row.power.value,
+                                 next(iter(addresses.get(row.uuid, [])), None), (image or {}).get("name"), on_disk.memory,
+                                 on_disk.size, on_disk.frees, record.get("created")))
+        return found
+
+    # -- the everyday verbs; callers hold the label's lock, but for `purge_list`
+
+    def stop(self, label: str, limit: float, *, force: bool = False, kill: bool = False) -> str:
+        """Turns a machine off, asking the guest first unless told otherwise; returns what was done."""
+        vm = self.find(label)
+        if vm.power is Power.STOPPED:
+            return "is stopped already" + (", with a saved session" if self.record_of(vm.uuid).get("saved") else "")
+        if force or kill:
+            vm.force_off(kill)
+        else:
+            vm.ask_to_stop(limit)
+        self.state.record(vm.uuid, saved=None)
+        return "stopped"
+
+    def suspend(self, label: str, *, save: bool) -> str:
+        """Pauses a machine to memory, or to disk; returns what was done."""
+        vm = self.find(label)
+        if save and self.record_of(vm.uuid).get("disposable"):
+            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk")
+        vm.suspend(self.settings.stop_timeout, save)
+        if save:
+            self.state.record(vm.uuid, name=vm.name, saved=True)
+        return "saved to disk" if save else "suspended to memory"
+
+    def resume(self, label: str) -> str:
+        """Lets a paused or saved machine go on; returns what was done."""
+        vm = self.find(label)
+        record = self.record_of(vm.uuid)
+        if vm.power is Power.STARTED:
+            return "is running already"
+        if vm.power is Power.STOPPED and not record.get("saved"):
+            raise WrongState(f"{vm.name} is stopped and has no saved session", f"Start it: kodemachine start -d {label}")
+        vm.power_on(self.settings.boot_timeout, hide=self.settings.headless)
+        self.state.record(vm.uuid, saved=None)
+        return "resumed"
+
+    def delete(self, vm: VM, *, force: bool) -> int | None:
+        """Deletes a clone, stopping it first with `force`; returns the bytes that only it held, if they are known."""
+        if vm.power is not Power.STOPPED:
+            if not force:
+                raise WrongState(f"{vm.name} is {vm.power.value}",
+                                 f"Stop it first, or: kodemachine delete --force {self.label_of(vm.name)}")
+            vm.force_off()
+        disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
+        with self._fleet():
+            rows = self.utm.rows()
+            if vm.uuid not in {row.uuid for row in self.clones(rows) if row.name == vm.name}:
+                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted")
+            vm.delete(LIMITS["delete"])
+            Intent(self.state, vm.name).remove()
+            self.state.forget(vm.name, {row.uuid for row in rows} - {vm.uuid})
+        return disk.get(vm.uuid, Disk()).frees
+
+    def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
+        """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
+        return self.state.lock(vm.name + ".session", 0.0, wait=False)
+
+    def is_orphan(self, row: Row) -> bool:
+        """Whether a machine was made with --rm, and its kodemachine is no more."""
+        if not self.record_of(row.uuid).get("rm"):
+            return False
+        try:
+            with self.session_lock(VM(self.utm, row)):
+                return True
+        except Busy:
+            return False
+
+
+# ---- the serial console
+
+
+@contextlib.contextmanager
+def raw_terminal(handle: int) -> Iterator[None]:
+    """The terminal `handle` in raw mode; afterwards exactly as it was. Not a terminal: nothing happens."""
+    if not os.isatty(handle):
+        yield
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(handle)
+    try:
+        tty.setraw(handle)
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSAFLUSH, before)    # half-typed keys must not reach the shell
+
+
+def open_line(port: str) -> int:
+    """Opens a serial port that UTM told, a device or host:port, without blocking. Raises KodeError."""
+    if not port.startswith("/"):
+        import socket
+
+        host, _, number = port.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(number)), timeout=5) as connection:
+                connection.setblocking(False)
+                return os.dup(connection.fileno())
+        except (OSError, ValueError, OverflowError) as failure:
+            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}") from None
+    import termios
+    import tty
+
+    try:
+        line = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as failure:
+        raise KodeError(f"cannot open the serial port {printable(port)}: {failure.strerror}",
+                        "UTM may still tell the device of an earlier run: stop and start the machine.") from None
+    info = os.fstat(line)
+    if not stat.S_ISCHR(info.st_mode) or info.st_uid != os.geteuid():
+        os.close(line)
+        raise KodeError(f"{printable(port)} is not a serial port of yours, and was not used",
+                        "UTM may still tell the device of an earlier run: stop and start the machine.")
+    with contextlib.suppress(termios.error):
+        tty.setraw(line)                # or the line would echo what it is sent
+    return line
+
+
+class Console:
+    """A relay between a person (or a pipe) and a serial line: raw, 8-bit clean, with back-pressure both ways."""
+
+    CHUNK, FULL = 1 << 16, 1 << 18      # bytes read at once, and held at most in each direction
+
+    def __init__(self, line: int, source: int, sink: int, escape: bytes, log: int | None) -> None:
+        self._line, self._source, self._escape, self._log = line, source, escape, log
+        self._sink, self._own_sink = sink, False
+        self._piece = select.PIPE_BUF       # a pipe that is ready takes so many bytes without blocking
+        if os.isatty(sink):
+            # A second opening, so that O_NONBLOCK does not reach the shell, which shares the first.
+            with contextlib.suppress(OSError):
+                self._sink = os.open(os.ttyname(sink), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                self._own_sink, self._piece = True, self.CHUNK
+
+    def close(self) -> None:
+        """Closes the second opening of the terminal; the line is the caller's."""
+        if self._own_sink:
+            os.close(self._sink)
+
+    def relay(self, deadline: float | None) -> str:
+        """Relays until an end comes, and says which: `escape`, `closed` (the line), `reader` (gone) or `timeout`."""
+        inward, outward, typing = bytearray(), bytearray(), True
+        while True:
+            readers = [self._line] * (len(outward) < self.FULL) + [self._source] * (typing and len(inward) < self.FULL)
+            writers = [self._line] * bool(inward) + [self._sink] * bool(outward)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            readable, writable, _ = select.select(readers, writers, [], left)
+            if self._line in readable:
+                data = self._read(self._line)
+                if data == b"":
+                    self._drain(outward)
+                    return "closed"
+                outward += data or b""
+                if self._log is not None and data:
+                    os.write(self._log, data)
+            if self._source in readable:
+                data = self._read(self._source)
+                typing = data != b""
+                found = data.find(self._escape) if self._escape and data else -1
+                inward += data[:found] if data and found >= 0 else data or b""
+                if found >= 0:
+                    self._write(self._line, inward, self.CHUNK)
+                    return "escape"
+            if self._line in writable and not self._write(self._line, inward, self.CHUNK):
+                return "closed"
+            if self._sink in writable and not self._write(self._sink, outward, self._piece):
+                return "reader"
+            if left == 0:
+                self._drain(outward)
+                return "timeout"
+
+    @staticmethod
+    def _read(handle: int) -> bytes | None:
+        """Bytes; none at the end (a pty whose other side is closed says EIO); None if it was a false alarm."""
+        try:
+            return os.read(handle, Console.CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    @staticmethod
+    def _write(handle: int, data: bytearray, piece: int) -> bool:
+        """Writes what fits and removes it from `data`; false if nobody is there any more."""
+        try:
+            del data[:os.write(handle, data[:piece])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def _drain(self, outward: bytearray) -> None:
+        """What the guest said last still reaches a reader who takes it within a second."""
+        until = time.monotonic() + 1.0
+        while outward and time.monotonic() < until:
+            if select.select([], [self._sink], [], 0.1)[1] and not self._write(self._sink, outward, self._piece):
+                return
+
+
+def escape_byte(text: str) -> bytes:
+    """The byte of `ctrl-]`, `^]`, or a single character; nothing for `none`. Raises UsageError."""
+    if text == "none":
+        return b""
+    match = re.fullmatch(r"(?:ctrl-|\^)([a-z@\[\]\\^_])", text.lower())
+    if match:
+        return bytes([ord(match.group(1).upper()) & 0x1F])
+    if len(text) == 1 and text.isascii():
+        return text.encode()
+    raise UsageError(f"{printable(text)!r} is no escape key", "Such as: --escape ctrl-a, or --escape none")
+
+
+# ---- what a person or a pipe reads
+
+
+class Out(Notes):
+    """Results on stdout, all else on stderr: progress as one live line per step on a terminal, as plain lines elsewhere."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._live = sys.stderr.isatty() and not dumb and not quiet
+        self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
+        self._step: tuple[str, float] | None = None
+        self._painted = 0.0
+
+    def _err(self, text: str, end: str = "\n") -> None:
+        with contextlib.suppress(OSError, ValueError):      # a terminal that is gone does not stop the work
+            sys.stderr.write(text + end)
+            sys.stderr.flush()
+
+    def _paint(self, end: str = "") -> None:
+        assert self._step
+        text, began = self._step
+        elapsed = time.monotonic() - began
+        if elapsed >= 0.95:
+            text += f"  {elapsed:.0f} s"
+        with contextlib.suppress(OSError):
+            text = text[:max(10, os.get_terminal_size(2).columns - 1)]
+        self._painted = time.monotonic()
+        self._err("\r\x1b[K" + (f"\x1b[2m{text}\x1b[0m" if self._colour and end else text), end)
+
+    def end_step(self) -> None:
+        """The live line, if there is one, becomes an ordinary one."""
+        if self._step and self._live:
+            self._paint("\n")
+        self._step = None
+
+    def step(self, text: str) -> None:
+        """A step has begun: one line, alive until the next."""
+        self.end_step()
+        self._step = (printable(text), time.monotonic())
+        if self._live:
+            self._paint()
+        elif not self.quiet:
+            self._err(printable(text))
+
+    def tick(self) -> None:
+        """Repaints the live line about twice a second."""
+        if self._step and self._live and time.monotonic() - self._painted > 0.5:
+            self._paint()
+
+    def note(self, text: str) -> None:
+        """A line for the person that is no result."""
+        if not self.quiet:
+            self.end_step()
+            self._err(printable(text))
+
+    def warn(self, text: str) -> None:
+        """Something that the person should know, though it goes on."""
+        self.end_step()
+        self._err(f"kodemachine: warning: {printable(text)}")
+
+    def trace(self, text: str) -> None:
+        """With -v: each call to the outside."""
+        if self.verbose:
+            self.end_step()
+            self._err(f"+ {printable(text)}")
+
+    def error(self, failure: KodeError) -> None:
+        """What failed, and below it what to do next; with --json one object."""
+        self.end_step()
+        message, hint = printable(failure.message), printable(failure.hint)
+        if self.as_json:
+            return self._err(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}))
+        name = "\x1b[31mkodemachine:\x1b[0m" if self._colour else "kodemachine:"
+        self._err(f"{name} {message}" + (f"\n  {hint}" if hint else ""))
+
+    def result(self, text: str) -> None:
+        """A result. Raises BrokenPipeError when nobody reads."""
+        self.end_step()
+        sys.stdout.write(printable(text) + "\n")
+        sys.stdout.flush()
+
+    def json(self, value: object) -> None:
+        """A result for a program."""
+        self.result(json.dumps(value, indent=1))
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal that stdout is; None if it is none."""
+        try:
+            return os.get_terminal_size(1).columns or None
+        except OSError:
+            return None
+
+    def confirm(self, question: str, what: str) -> bool:
+        """Asks on the terminal. Raises UsageError if there is none: nothing is done unasked."""
+        self.end_step()
+        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on", "Add -y to go ahead without a question.")
+        self._err(f"{printable(question)} [y/N] ", "")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+# ---- commands
+
+
+class Context(NamedTuple):
+    """What a command works with."""
+
+    manager: Manager
+    out: Out
+    interrupts: Interrupts
+    config: Config
+
+
+Arguments = argparse.Namespace
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Command(NamedTuple):
+    """One entry of the command table."""
+
+    run: Callable[[Context, Arguments], int]
+    options: tuple[Option, ...]
+    aliases: tuple[str, ...]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str, *options: Option, aliases: Sequence[str] = ()) -> \
+        Callable[[Callable[[Context, Arguments], int]], Callable[[Context, Arguments], int]]:
+    """Enters a function in the command table; the first line of its docstring is its help."""
+    def enter(run: Callable[[Context, Arguments], int]) -> Callable[[Context, Arguments], int]:
+        COMMANDS[name] = Command(run, options, tuple(aliases))
+        return run
+    return enter
+
+
+def option(*names: str, **how: Any) -> Option:
+    """One argument of a command, as argparse takes it."""
+    return names, how
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise ValueError(text)
+    return value
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    value = int(text)
+    if not 0 < value < 1000:
+        raise ValueError(text)
+    return value
+
+
+def mebibytes(text: str) -> int:
+    """A size such as 4G or 512M, in MiB."""
+    value = parse_size(text) >> 20
+    if not 32 <= value < 1 << 24:
+        raise ValueError(text)
+    return value
+
+
+LABEL_ARG = option("label", help="the machine")
+LABELS = option("labels", metavar="label", nargs="*", help="the machines")
+ALL = option("--all", action="store_true", help="every clone")
+JSON = option("--json", action="store_true", dest="as_json", help="for programs")
+YES = option("-y", "--yes", action="store_true", help="do not ask")
+
+
+def lend_terminal(argv: Sequence[str]) -> int:
+    """Runs ssh or scp as a child in the terminal's foreground, and returns its status as a shell would.
+
+    Ctrl-C and Ctrl-\\ are the child's meanwhile. A signal that asks us to end ends the child first.
+    """
+    attributes = None
+    if sys.stdin and sys.stdin.isatty():
+        import termios
+
+        attributes = termios.tcgetattr(0)
+    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGQUIT)}
+    child = None
+    try:
+        child = subprocess.Popen(list(argv))
+        code = child.wait()
+    except FileNotFoundError:
+        raise KodeError(f"there is no {argv[0]} on PATH") from None
+    except BaseException:
+        if child:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(5)
+            child.kill()
+            child.wait()
+        raise
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        if attributes:
+            import termios
+
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSADRAIN, attributes)
+    return 128 - code if code < 0 else code
+
+
+def become(argv: Sequence[str]) -> NoReturn:
+    """Replaces this process with ssh. The locks fall with the exec: their handles are not inherited."""
+    sys.stdout.flush()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)       # Python ignores them, and that would be inherited
+    try:
+        os.execvp(argv[0], list(argv))
+    except OSError as failure:
+        raise KodeError(f"{argv[0]} cannot be run: {failure.strerror}", "It is looked for on PATH.") from None
+
+
+def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str], report: Callable[[str], None]) -> int:
+    """Does one thing to several machines, WIDTH at a time; a line for each as it is done, and the first failure's status."""
+    if len(labels) == 1:
+        report(work(labels[0]))
+        return 0
+    waiting = list(enumerate(labels))
+    done: dict[int, int] = {}
+    trouble: list[BaseException] = []
+
+    def worker() -> None:
+        while waiting and not trouble:
+            with contextlib.suppress(IndexError):
+                i, label = waiting.pop(0)
+                try:
+                    report(work(label))
+                    done[i] = 0
+                except KodeError as failure:
+                    ctx.out.error(failure)
+                    done[i] = failure.status
+                except BaseException as failure:        # a bug or an interruption: the main thread's to raise
+                    trouble.append(failure)
+
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(WIDTH, len(labels)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+                ctx.out.tick()
+    except BaseException:
+        ctx.manager.utm.close()         # ends their calls, so that they come to their end
+        for thread in threads:
+            thread.join(2)
+        raise
+    if trouble:
+        raise trouble[0]
+    return next((done[i] for i in sorted(done) if done[i]), 0)
+
+
+def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda row: True) -> list[str]:
+    """The labels on the command line, each once, or those of all fitting clones with --all. Raises UsageError."""
+    manager = ctx.manager
+    if opts.all and opts.labels:
+        raise UsageError("either labels or --all, not both")
+    if opts.all:
+        return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows()) if fit(row)]
+    if not opts.labels:
+        raise UsageError(f"{opts.command} needs a label", f"See: kodemachine help {opts.command}")
+    return list(dict.fromkeys(manager.label(text) for text in opts.labels))
+
+
+def wishes_of(opts: Arguments) -> Wishes:
+    """What the options of `start` ask for. Raises UsageError for those that exclude each other."""
+    if opts.rm and opts.detach:
+        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine")
+    if opts.rm and opts.fresh:
+        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself")
+    if opts.detach and opts.rest is not None:
+        raise UsageError("--detach and a command exclude each other", "Start it first, then: kodemachine LABEL -- command")
+    return Wishes(opts.base, opts.cpus, opts.memory, opts.disposable, opts.gui, opts.timeout, opts.rm, True, opts.bare)
+
+
+@command("start", LABELS,
+         option("-d", "--detach", action="store_true", help="do not connect; print the address"),
+         option("--rm", action="store_true", help="delete the new machine when its session ends"),
+         option("--fresh", action="store_true", help="delete an existing machine first"), YES,
+         option("--disposable", action="store_true", help="drop all writes at power-off"),
+         option("--base", metavar="IMAGE", help="clone this image"),
+         option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
+         option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
+         option("--repin", action="store_true", help="accept changed host keys, after showing them"),
+         option("--gui", action="store_true", help="do not hide UTM"),
+         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"))
+def cmd_start(ctx: Context, opts: Arguments) -> int:
+    """clone if missing, start, and connect by ssh"""
+    wishes = wishes_of(opts)
+    opts.all = False
+    labels = chosen(ctx, opts)
+    if len(labels) > 1 and not opts.detach:
+        raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
+    if len(labels) > 1:
+        def start(label: str) -> str:
+            with ctx.manager.holding(label):
+                vm, address = ready(ctx, label, wishes, opts)
+            return f"{label} {address}"
+        return each(ctx, labels, start, ctx.out.result)
+    if opts.rm:
+        return throw_away(ctx, labels[0], wishes, opts)
+    with ctx.manager.holding(labels[0]):
+        vm, address = ready(ctx, labels[0], wishes, opts)
+        if opts.detach:
+            ctx.out.result(address)
+            return 0
+        hand_over(ctx, vm, address, opts)
+
+
+def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM, str]:
+    """The machine of that label, up and answering, and its address."""
+    if opts.fresh:
+        make_room(ctx, label, wishes, opts)
+    vm, _, call = ctx.manager.obtain(label, wishes)
+    address = ctx.manager.bring_up(vm, label, wishes, call)
+    if opts.repin:
+        repin(ctx, vm, label, opts)
+    return vm, address
+
+
+def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
+    """Becomes ssh."""
+    pinned = ctx.manager.pin(vm)
+    ctx.out.end_step()
+    become(ctx.manager.ssh_argv(vm, address, opts.rest or [], pinned))
+
+
+def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None:
+    """--fresh: deletes the machine of that label, once it is sure that the image can be cloned."""
+    manager = ctx.manager
+    rows = manager.utm.rows()
+    row = manager.row_of(rows, label)
+    if row:
+        manager.base(rows, wishes.base)
+        if not opts.yes and not ctx.out.confirm(f"Delete {row.name} ({row.power.value}) and make it anew?", "--fresh"):
+            raise KodeError("nothing was changed")
+        ctx.out.step(f"deleting {row.name}")
+        manager.delete(VM(manager.utm, row), force=True)
+
+
+def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
+    """--repin: reads the host keys anew through the guest agent, which no network can forge, shows them, and asks."""
+    told = ctx.manager.read_guest(vm, label)
+    if not told or not told[0]:
+        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed")
+    old = ctx.manager.record_of(vm.uuid).get("host_keys") or []
+    if old == told[0]:
+        return ctx.out.note(f"the host keys of {vm.name} are the pinned ones")
+    for title, keys in (("pinned", parse_host_keys(old)), ("now", told[0])):
+        for key in keys:
+            ctx.out.note(f"{title:7} {fingerprint(key)}")
+    if not opts.yes and not ctx.out.confirm(f"Pin the new keys of {vm.name}?", "--repin"):
+        raise KodeError("nothing was changed")
+    ctx.manager.state.record(vm.uuid, name=vm.name, host_keys=told[0], machine_id=told[1] or None)
+
+
+def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int:
+    """--rm: a session in a new machine, which is deleted at its end, however it ends."""
+    manager = ctx.manager
+    with contextlib.ExitStack() as stack:
+        with manager.holding(label):
+            vm, _, _ = manager.obtain(label, wishes)
+            stack.enter_context(manager.session_lock(vm))
+            stack.callback(throw_out, ctx, vm, label)
+            address = manager.bring_up(vm, label, wishes)
+            pinned = manager.pin(vm)
+        ctx.out.end_step()
+        return lend_terminal(manager.ssh_argv(vm, address, opts.rest or [], pinned))
+
+
+def throw_out(ctx: Context, vm: VM, label: str) -> None:
+    """Deletes a --rm machine; no signal stops that, and a failure names the command to do it by hand."""
+    with ctx.interrupts.held():
+        ctx.out.step(f"deleting {vm.name} (--rm)")
+        try:
+            with ctx.manager.holding(label):
+                vm.status()
+                ctx.manager.delete(vm, force=True)
+        except NotFound:
+            pass                # somebody was faster
+        except KodeError as failure:
+            ctx.out.warn(f"{vm.name} was not deleted: {failure.message}. By hand: kodemachine delete --force {label}")
+        ctx.out.end_step()
+
+
+@command("ssh", LABEL_ARG, option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
+         option("--gui", action="store_true", help="do not hide UTM"))
+def cmd_ssh(ctx: Context, opts: Arguments) -> int:
+    """start if needed and connect, but never clone"""
+    label = ctx.manager.label(opts.label)
+    wishes = Wishes(gui=opts.gui, timeout=opts.timeout, may_clone=False)
+    with ctx.manager.holding(label):
+        vm, _, call = ctx.manager.obtain(label, wishes)
+        hand_over(ctx, vm, ctx.manager.bring_up(vm, label, wishes, call), opts)
+
+
+@command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
+         option("-q", action="store_true", dest="labels_only", help="labels only"),
+         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"])
+def cmd_list(ctx: Context, opts: Arguments) -> int:
+    """the machines, their state, address and size"""
+    manager, out = ctx.manager, ctx.out
+    rows = manager.utm.rows(tolerant=True)
+    shown = list(rows) if opts.all else manager.clones(rows)
+    if opts.labels_only:
+        for row in shown:
+            out.result(manager.label_of(row.name) or row.name)
+        return 0
+    machines = manager.survey(shown, ip=opts.ip)
+    if opts.as_json:
+        out.json([machine._asdict() for machine in machines])
+    elif machines:
+        out.result(machine_table(ctx, shown, machines))
+    else:
+        out.note("no machines yet; make one: kodemachine project-alpha")
+    return 0
+
+
+def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
+    """The table of `list`, as wide as the terminal at most."""
+    lines = []
+    for row, machine in zip(rows, machines):
+        record = ctx.manager.record_of(row.uuid)
+        marks = [mark for mark, here in (("saved", record.get("saved")), ("--rm", ctx.manager.is_orphan(row))) if here]
+        lines.append([machine.label or machine.name, machine.status + (f" ({', '.join(marks)})" if marks else ""),
+                      machine.ip or "-", machine.image or "-", size_text(machine.memory), size_text(machine.size),
+                      size_text(machine.frees), age_text(age_of(machine.created))])
+    header = ("LABEL", "STATUS", "IP", "IMAGE", "MEMORY", "SIZE", "FREES", "AGE")
+    safe = [[printable(cell).replace("\n", " ") for cell in line] for line in lines]
+    return table(header, safe, ctx.out.width, ("MEMORY", "SIZE", "AGE", "FREES", "IMAGE", "IP"))
+
+
+@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON, aliases=["info"])
+def cmd_status(ctx: Context, opts: Arguments) -> int:
+    """one machine in full, or the installation at a glance"""
+    facts = machine_facts(ctx, opts.label) if opts.label else installation_facts(ctx)
+    if opts.as_json:
+        ctx.out.json(facts)
+        return 0
+    for key, value in facts.items():
+        if key in ("memory", "size", "frees"):
+            value = size_text(value)
+        elif isinstance(value, list):
+            value = ", ".join(value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{number} {word}" for word, number in value.items()) or "none"
+        ctx.out.result(f"{key + ':':11} {'-' if value in (None, '') else value}")
+    return 0
+
+
+def machine_facts(ctx: Context, text: str) -> dict[str, Any]:
+    """What is known of one machine, with all its addresses."""
+    vm = ctx.manager.find(ctx.manager.label(text))
+    row = Row(vm.uuid, vm.power, vm.name)
+    addresses = vm.addresses() if vm.power is Power.STARTED else []
+    facts = ctx.manager.survey([row], ip=False)[0]._asdict()
+    return {**facts, "ip": addresses[0] if addresses else None, "addresses": addresses}
+
+
+def installation_facts(ctx: Context) -> dict[str, Any]:
+    """The program, UTM, the image that a new clone comes from, and how many machines are in which state."""
+    manager = ctx.manager
+    rows = manager.utm.rows()
+    version = manager.utm.call("version", limit=LIMITS["status"])
+    try:
+        base: str | None = manager.base(rows, None).name
+    except KodeError as failure:
+        base = None
+        ctx.out.warn(failure.message)
+    states = [row.power.value for row in manager.clones(rows)]
+    return {"version": __version__, "utm": version.out.strip() if version.outcome is Outcome.DONE else None,
+            "utmctl": manager.utm.path(), "image": base, "machines": {state: states.count(state) for state in dict.fromkeys(states)},
+            "config": ctx.config.path, "state": manager.state.folder}
+
+
+@command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest tells"),
+         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"))
+def cmd_ip(ctx: Context, opts: Arguments) -> int:
+    """the address that answers, alone on stdout"""
+    vm = ctx.manager.find(ctx.manager.label(opts.label))
+    if vm.power in (Power.STOPPED, Power.PAUSED) or (vm.power is not Power.STARTED and not opts.wait):
+        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address", "Start it: kodemachine start -d LABEL")
+    if opts.all:
+        addresses = vm.addresses()
+        if not addresses:
+            raise KodeError(f"the guest agent of {vm.name} tells no address")
+        ctx.out.result("\n".join(addresses))
+    else:
+        ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0))
+    return 0
+
+
+@command("attach", LABEL_ARG, option("--index", type=int, metavar="N", help="the N-th serial port, from 0"),
+         option("--log", metavar="FILE", help="also append what the guest says to FILE"),
+         option("--escape", default="ctrl-]", metavar="KEY", help="the key that leaves, or none (ctrl-])"),
+         option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"))
+def cmd_attach(ctx: Context, opts: Arguments) -> int:
+    """a direct serial pipe to the guest, for when the network fails"""
+    escape = escape_byte(opts.escape)
+    vm = ctx.manager.find(ctx.manager.label(opts.label))
+    if vm.power is not Power.STARTED:
+        raise WrongState(f"{vm.name} is {vm.power.value}; only a running machine has a console",
+                         f"Start it: kodemachine start -d {opts.label}")
+    port = vm.serial_port(opts.index)
+    with ctx.manager.state.lock("serial-" + re.sub(r"[^A-Za-z0-9.]+", "-", port), 0.0, wait=False):
+        line = open_line(port)
+        try:
+            return run_console(ctx, vm, line, escape, opts)
+        finally:
+            os.close(line)
+
+
+def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
+    """Relays until an end comes, and says in one line why; the terminal is as it was before."""
+    person = sys.stdin.isatty()
+    if person:
+        leave = f"leave with {opts.escape.capitalize()}" if escape else "no escape key"
+        ctx.out.note(f"--- console of {vm.name}; {leave} ---")
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(0)
+            ctx.out.note(f"--- a serial line knows no window size; in the guest: stty rows {size.lines} cols {size.columns} ---")
+    try:
+        log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
+    except OSError as failure:
+        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}") from None
+    console = Console(line, 0, 1, escape if person else b"", log)
+    deadline = time.monotonic() + opts.timeout if opts.timeout and not person else None
+    try:
+        with raw_terminal(0):
+            end = console.relay(deadline)
+    finally:
+        console.close()
+        if log is not None:
+            os.close(log)
+    words = {"escape": "left", "closed": "the machine closed the line", "timeout": "the time is over",
+             "reader": "nobody reads any more"}
+    ctx.out.note(("\n" if person else "") + f"--- console of {vm.name}: {words[end]} ---")
+    return 128 + signal.SIGPIPE if end == "reader" else 0
+
+
+@command("stop", LABELS, ALL, option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has"),
+         option("-f", "--force", action="store_true", help="do not ask the guest"),
+         option("--kill", action="store_true", help="end the machine's process"))
+def cmd_stop(ctx: Context, opts: Arguments) -> int:
+    """shut down: ask the guest, and wait until it is off"""
+    def stop(label: str) -> str:
+        with ctx.manager.holding(label):
+            done = ctx.manager.stop(label, opts.timeout or ctx.manager.settings.stop_timeout, force=opts.force, kill=opts.kill)
+        return f"{label} {done}"
+    labels = chosen(ctx, opts, lambda row: row.power is not Power.STOPPED)
+    ctx.out.step(f"stopping {', '.join(labels)}" if labels else "nothing to stop")
+    return each(ctx, labels, stop, ctx.out.note) if labels else 0
+
+
+@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"))
+def cmd_suspend(ctx: Context, opts: Arguments) -> int:
+    """pause to memory, or to disk"""
+    def suspend(label: str) -> str:
+        with ctx.manager.holding(label):
+            return f"{label} {ctx.manager.suspend(label, save=opts.save)}"
+    labels = chosen(ctx, opts, lambda row: row.power is Power.STARTED)
+    return each(ctx, labels, suspend, ctx.out.note) if labels else 0
+
+
+@command("resume", LABELS, ALL)
+def cmd_resume(ctx: Context, opts: Arguments) -> int:
+    """let a suspended machine go on"""
+    def resume(label: str) -> str:
+        with ctx.manager.holding(label):
+            return f"{label} {ctx.manager.resume(label)}"
+    labels = chosen(ctx, opts, lambda row: row.power is Power.PAUSED or bool(ctx.manager.record_of(row.uuid).get("saved")))
+    return each(ctx, labels, resume, ctx.out.note) if labels else 0
+
+
+@command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"), aliases=["rm"])
+def cmd_delete(ctx: Context, opts: Arguments) -> int:
+    """delete machines, and say what that freed"""
+    def delete(label: str) -> str:
+        with ctx.manager.holding(label):
+            freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force)
+        return f"{label} deleted" + (f", freed {size_text(freed)}" if freed is not None else "")
+    opts.all = False
+    return each(ctx, chosen(ctx, opts), delete, ctx.out.note)
+
+
+@command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
+         option("--all", action="store_true", help="running, paused and saved ones too"),
+         option("--older-than", type=parse_age, metavar="AGE", help="made longer ago than this, such as 7d"),
+         option("--image", metavar="NAME", help="cloned from this image"),
+         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"])
+def cmd_purge(ctx: Context, opts: Arguments) -> int:
+    """delete many machines, after showing which and what they free"""
+    if opts.all and opts.stopped:
+        raise UsageError("either --stopped or --all, not both")
+    manager, out = ctx.manager, ctx.out
+    rows, left_in_between = purgeable(ctx, opts)
+    if not rows:
+        out.note("nothing to purge")
+        return 4 if left_in_between else 0
+    machines = manager.survey(rows, ip=False)
+    (out.result if opts.dry_run else out.note)(machine_table(ctx, rows, machines))
+    known = [machine.frees for machine in machines if machine.frees is not None]
+    amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
+    if opts.dry_run:
+        out.note(f"{len(rows)} would be deleted, and {amount} would come free")
+        return 4 if left_in_between else 0
+    if not opts.yes and not out.confirm(f"Delete {len(rows)}, and free {amount}?", "purge"):
+        raise KodeError("nothing was deleted")
+    free_before = free_space(manager.documents)
+    states = {row.name[len(manager.settings.prefix):]: row for row in rows}
+
+    def purge(label: str) -> str:
+        try:
+            with manager.holding(label, wait=False):
+                return purge_one(ctx, states[label], force=opts.all or manager.is_orphan(states[label]))
+        except Busy as failure:
+            return f"{label} left: {failure.message}"
+    status = each(ctx, list(states), purge, out.note)
+    tell_gain(ctx, free_before, sum(known))
+    return status or (4 if left_in_between else 0)
+
+
+def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
+    """The machines that match the filters, and whether some were left because UTM is busy with them."""
+    manager, out = ctx.manager, ctx.out
+    records = manager.state.records()
+    rows, unknown, in_between = [], 0, False
+    for row in manager.clones(manager.utm.rows()):
+        record = records.get(row.uuid, {})
+        image, age = record.get("image") or {}, age_of(record.get("created"))
+        if (opts.older_than and age is None) or (opts.image and not image):
+            unknown += 1
+        elif (opts.older_than and age is not None and age < opts.older_than) or (opts.image and image.get("name") != opts.image):
+            continue
+        elif row.power is Power.STOPPED and (opts.all or not record.get("saved")):
+            rows.append(row)
+        elif row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row)):
+            rows.append(row)
+        elif row.power is Power.STOPPED:
+            out.note(f"{row.name} left: it has a saved session (--all takes it, too)")
+        elif opts.all or row.power not in (Power.STARTED, Power.PAUSED):
+            out.note(f"{row.name} left: it is {row.power.value}")
+            in_between = True
+    if unknown:
+        out.note(f"{unknown} left out: their age or image is not known")
+    return rows, in_between
+
+
+def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:
+    """Deletes one machine that was shown, if it still is what was shown."""
+    label = str(ctx.manager.label_of(shown.name))
+    try:
+        vm = ctx.manager.find(label)
+    except NotFound:
+        return f"{label} is gone already"
+    if vm.uuid != shown.uuid:
+        return f"{label} left: it is another machine now"
+    if vm.power is not Power.STOPPED and not force:
+        return f"{label} left: it is {vm.power.value} now"
+    ctx.manager.delete(vm, force=force)
+    return f"{label} deleted"
+
+
+def free_space(path: str) -> int | None:
+    """Free bytes of the volume that `path` is on, None if it cannot be told."""
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
+    """What the volume gained, with the likely reason when that is less than promised."""
+    after = free_space(ctx.manager.documents)
+    if before is None or after is None:
+        return
+    gained = max(0, after - before)
+    ctx.out.note(f"the volume gained {size_text(gained)}")
+    if gained < promised * 0.9 and sys.platform == "darwin":
+        ctx.out.note("Less than promised: local Time Machine snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
+
+
+@command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
+         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"))
+def cmd_config(ctx: Context, opts: Arguments) -> int:
+    """show or change the configuration"""
+    if opts.action == "path":
+        ctx.out.result(ctx.config.path)
+    elif opts.action == "set":
+        if opts.key is None or opts.value is None:
+            raise UsageError("config set needs a key and a value", "Keys: " + ", ".join(SETTINGS))
+        with ctx.manager.state.lock("fleet", 30):
+            ctx.config.set(opts.key, opts.value)
+    else:
+        values = ctx.manager.settings._asdict()
+        if opts.key and opts.key not in values:
+            raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
+        for key in [opts.key] if opts.key else values:
+            text = values[key] if isinstance(values[key], str) else "" if values[key] is None else json.dumps(values[key])
+            ctx.out.result(text if opts.key else f"{key} = {text}")
+    return 0
+
+
+@command("help", option("topic", nargs="?", metavar="command", help="the command to explain"))
+def cmd_help(ctx: Context, opts: Arguments) -> int:
+    """this help, or that of one command"""
+    build_parser().parse_args([opts.topic, "--help"] if opts.topic else ["--help"])
+    return 0
+
+
+# ---- the command line
+
+USAGE = """\
+kodemachine [-v | -q] [--config FILE] <label> [options] [-- command ...]
+       kodemachine [-v | -q] [--config FILE] <command> ..."""
+EPILOG = """\
+kodemachine project-alpha              a shell in a machine of its own, made if it is missing
+kodemachine project-alpha -- make      run one command there
+kodemachine list                       what there is
+kodemachine stop project-alpha         shut it down
+kodemachine purge                      take the disk space of stopped machines back"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of ours: one line and a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        words = self.prog.split()
+        raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
+
+
+def build_parser() -> Parser:
+    """The parser of everything before the first `--`, from the command table. No I/O."""
+    parser = Parser(prog="kodemachine", usage=USAGE, epilog=EPILOG, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="A fresh, isolated Linux machine in seconds, from a golden image in UTM.")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="store_true", help="show each call to UTM")
+    volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument("--config", metavar="FILE", help="another configuration file")
+    parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser)
+    for name, entry in COMMANDS.items():
+        text = (entry.run.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, aliases=list(entry.aliases), help=text, description=text, allow_abbrev=False)
+        for names, how in entry.options:
+            sub.add_argument(*names, **how)
+        sub.set_defaults(run=entry.run)
+    return parser
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
+    """The words before the first `--`, with `start` put before a bare label; those behind it; whether it was bare."""
+    words, rest = list(argv), None
+    if "--" in words:
+        at = words.index("--")
+        words, rest = words[:at], words[at + 1:]
+    known = {word for name, entry in COMMANDS.items() for word in (name, *entry.aliases)}
+    i = 0
+    while i < len(words) and words[i].startswith("-") and words[i] != "-":
+        i += 2 if words[i] == "--config" else 1
+    bare = i < len(words) and words[i] not in known and not {"-h", "--help", "--version"} & set(words[:i])
+    return words[:i] + ["start"] * bare + words[i:], rest, bare
+
+
+def state_folder() -> str:
+    """Where the state is kept."""
+    base = os.environ.get("XDG_STATE_HOME") or ""
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.local/state"), "kodemachine")
+
+
+def config_path() -> str:
+    """Where the configuration is, unless --config names another place."""
+    base = os.environ.get("XDG_CONFIG_HOME") or ""
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "kodemachine", "config.json")
+
+
+def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
+    """Parses, builds the layers, and runs the command."""
+    words, rest, bare = split_command_line(argv)
+    out.as_json = "--json" in words
+    opts = build_parser().parse_args(words)
+    opts.rest, opts.bare = rest, bare
+    out.quiet, out.verbose = opts.quiet, opts.verbose
+    if opts.command is None:
+        build_parser().print_help()
+        return 0
+    if rest is not None and opts.command not in ("start", "ssh"):
+        raise UsageError(f"{opts.command} takes no command after --")
+    config = Config(os.path.abspath(opts.config) if opts.config else config_path())
+    if opts.config and not os.path.exists(config.path):
+        raise UsageError(f"{config.path}: there is no such file")
+    needs_none = opts.run is cmd_help or (opts.run is cmd_config and opts.action == "path")
+    settings = Settings() if needs_none else config.settings()
+    utm = Utmctl(settings.utmctl, interrupts, out)
+    try:
+        return int(opts.run(Context(Manager(settings, utm, State(state_folder(), out)), out, interrupts, config), opts))
+    finally:
+        utm.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs kodemachine and returns its exit status; the only place that turns failures into one."""
+    interrupts = Interrupts()
+    interrupts.install()
+    out = Out()
+    try:
+        code = run_command(sys.argv[1:] if argv is None else argv, out, interrupts)
+        sys.stdout.flush()          # so that a reader who left is noticed here, and not at exit
+        return code
+    except KodeError as failure:
+        out.error(failure)
+        return failure.status
+    except Interrupted as interruption:
+        out.end_step()
+        return 128 + interruption.number
+    except SystemExit as help_or_version:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            return int(help_or_version.code or 0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
