@@ -61,10 +61,13 @@ ASK_AGAIN = 3.0         # after a start that left the machine stopped
 PRESS_AGAIN = 15.0      # after a power key that the guest may have been too young to hear
 FORCE_STAGE = 15.0      # for each stage of a forced stop
 DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
+ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
+UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
-MAX_ANSWER = 40 << 20   # bytes kept of one stream; the guest agent sends 16 MiB at most (contract 5)
+EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
+MAX_ANSWER = EXEC_OUTPUT * 2    # bytes that we keep of any stream
 
 DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
 UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
@@ -73,6 +76,7 @@ UUID = re.compile(r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}")
 LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 PREFIX = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-")
 IMAGE = re.compile(r"kodeimage-v(\d+)\.(\d+)\.(\d+)")
+ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
 MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
 EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
 OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
@@ -80,15 +84,18 @@ SCRIPT_ERROR = re.compile(r"\((-\d+)\)\s*$")
 HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
 
 # Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
-RESERVED = frozenset("""attach base clone completion config cp create delete doctor exec help info ip list logs ls
-    proxy prune purge restart resume rm shell snapshot ssh ssh-config start status stop suspend version""".split())
+RESERVED = frozenset({
+    "attach", "base", "clone", "completion", "config", "cp", "create", "delete", "doctor", "exec", "help", "info", "ip",
+    "list", "logs", "ls", "proxy", "prune", "purge", "restart", "resume", "rm", "shell", "snapshot", "ssh",
+    "ssh-config", "start", "status", "stop", "suspend", "version"})
 
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
                "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
                "or before somebody has logged in at the screen.")
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
-MAC_SETTING = "Turn on 'Regenerate MAC addresses on clone' in UTM (Settings > Network), or allow osascript to control UTM."
+MAC_SETTING = ("Turn on 'Regenerate MAC addresses on clone' in UTM (Settings > Network), "
+               "or allow osascript to control UTM.")
 
 # ---- errors
 
@@ -181,7 +188,8 @@ class Outcome(enum.Enum):
 
 
 class Reply(NamedTuple):
-    """The answer to one call. `numbers` are those of all Apple Event errors on stderr, in order."""
+    """The answer to one call. `numbers` are those of all Apple Event errors on stderr, in order; `raw`: both
+    streams."""
 
     outcome: Outcome
     code: int
@@ -189,6 +197,7 @@ class Reply(NamedTuple):
     err: str
     numbers: tuple[int, ...]
     seconds: float
+    raw: tuple[bytes, bytes] = (b"", b"")
 
     @property
     def sentence(self) -> str:
@@ -316,9 +325,17 @@ def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
     return (Outcome.DONE if code == 0 or verb == "exec" else Outcome.FAILED), numbers
 
 
+def was_not_heard(reply: Reply) -> bool:
+    """Whether UTM probably never took a request: so that, if nothing has changed, it may be made once more (contract
+    4)."""
+    return reply.outcome is Outcome.MISSING or \
+        (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
+
+
 def parse_list(out: str) -> tuple[list[Row], bool]:
-    """The rows of `utmctl list`, and whether every line was one. By columns: a name may contain blanks (contract 1.2)."""
-    header, *lines = out.splitlines() or [""]
+    """The rows of `utmctl list`, and whether every line was one. By columns: a name may contain blanks (contract
+    1.2)."""
+    header, *lines = out.removesuffix("\n").split("\n")       # a name may contain what else splitlines() splits at
     rows, sound = [], header == LIST_HEADER
     for line in lines:
         if UUID.fullmatch(line[:36]) and line[36:37] == line[45:46] == " " and line[46:]:
@@ -347,10 +364,16 @@ def address_rank(address: str) -> int:
 
 
 def parse_addresses(out: str) -> list[str]:
-    """The addresses in the answer of `ip-address`, likeliest first; lines of any other form are left out."""
-    v4, v6 = r"(?:\d{1,3}\.){3}\d{1,3}", r"(?=[0-9a-fA-F:.]*:)[0-9a-fA-F:.]{2,45}"
+    """The addresses in the answer of `ip-address`, the 64 likeliest, best first; lines of any other form are left
+    out."""
+    import socket
+
+    def is_address(line: str) -> bool:      # all else, such as 999.1.1.1, would be looked up as a name
+        with contextlib.suppress(OSError, ValueError):
+            return bool(socket.inet_pton(socket.AF_INET6 if ":" in line else socket.AF_INET, line))
+        return False
     lines = dict.fromkeys(line.strip() for line in out.splitlines())
-    return sorted((line for line in lines if re.fullmatch(f"{v4}|{v6}", line)), key=address_rank)
+    return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
 
 
 def parse_host_keys(lines: Sequence[str]) -> list[str]:
@@ -364,7 +387,8 @@ def parse_host_keys(lines: Sequence[str]) -> list[str]:
         if match and match.end() in (len(line), line.find(" ", match.end())):
             kind = match.group(1).encode()
             with contextlib.suppress(binascii.Error):
-                if base64.b64decode(match.group(2), validate=True)[:4 + len(kind)] == len(kind).to_bytes(4, "big") + kind:
+                if base64.b64decode(match.group(2), validate=True)[:4 + len(kind)] == len(kind).to_bytes(4,
+                                                                                                         "big") + kind:
                     keys.append(f"{match.group(1)} {match.group(2)}")
     return keys[:8]
 
@@ -404,7 +428,7 @@ def size_text(size: int | None) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of `4G`, `512M`, `2048` (MiB when bare, as in UTM). Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(text)
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or "M"))
@@ -412,7 +436,7 @@ def parse_size(text: str) -> int:
 
 def parse_age(text: str) -> float:
     """Seconds of `90s`, `30m`, `12h`, `7d`, `2w`. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text.strip())
     if not match:
         raise ValueError(text)
     return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
@@ -423,8 +447,8 @@ def age_of(created: str | None) -> float | None:
     import calendar
 
     try:
-        return max(0.0, time.time() - calendar.timegm(time.strptime(created or "", "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
+        return max(0.0, time.time() - calendar.timegm(time.strptime(created or "", ISO_TIME)))
+    except (ValueError, TypeError):
         return None
 
 
@@ -438,7 +462,8 @@ def age_text(seconds: float | None) -> str:
     return f"{int(seconds / 86400)}d"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, expendable: Sequence[str] = ()) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
+          expendable: Sequence[str] = ()) -> str:
     """Aligned columns. If they are wider than `width`, the expendable ones go, in their order, until they fit."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
     for name in expendable:
@@ -449,9 +474,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in zip(*columns))
 
 
-def now_text() -> str:
-    """The time as it is recorded: ISO 8601, UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def iso_time(when: float) -> str:
+    """A time in seconds since the epoch as it is recorded: ISO 8601, UTC."""
+    return time.strftime(ISO_TIME, time.gmtime(when))
+
+
+def as_number(text: str) -> int | None:
+    """The number that a word is, None if it is none."""
+    return int(text) if re.fullmatch(r"\d{1,15}", text) else None
 
 
 def random_mac() -> str:
@@ -514,29 +544,36 @@ class Interrupts:
 
 
 def write_file(path: str, data: str) -> None:
-    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Callers hold a lock."""
+    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Raises KodeError. Callers
+    hold a lock."""
     make_folder(os.path.dirname(path))
     beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(beside)
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(handle, "w", encoding="utf-8") as file:
             os.fchmod(handle, 0o600)
             file.write(data)
             file.flush()
             os.fsync(handle)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as failure:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(failure, OSError):
+            raise KodeError(f"{path} cannot be written: {failure.strerror}") from None
         raise
 
 
 def make_folder(path: str) -> None:
     """A private folder of ours, made if it is missing. Raises KodeError if it belongs to somebody else."""
+    above = os.path.dirname(path) or "."
+    if not os.path.isdir(above):
+        make_folder(above)          # makedirs would give it the umask's mode
     try:
-        os.makedirs(path, 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
         owner = os.stat(path).st_uid
     except OSError as failure:
         raise KodeError(f"{path}: {failure.strerror}") from None
@@ -619,16 +656,19 @@ class Call:
         for pipe in self._pipes:
             pipe.close()
         code = self._child.returncode
-        out, err = (data.decode("utf-8", "replace") for data in self._read.values())
+        raw_out, raw_err = map(bytes, self._read.values())
+        out, err = raw_out.decode("utf-8", "replace"), raw_err.decode("utf-8", "replace")
         outcome, numbers = classify(self.verb, code, err)
-        self.reply = Reply(cut_off or outcome, code, out, err, numbers, time.monotonic() - self._began)
+        seconds = time.monotonic() - self._began
+        self.reply = Reply(cut_off or outcome, code, out, err, numbers, seconds, (raw_out, raw_err))
 
 
 # ---- state: what kodemachine remembers; losing it loses no machine
 
 
 class State:
-    """The state folder: records by UUID, pinned host keys, clone intents, locks. Nothing is made before it is needed."""
+    """The state folder: records by UUID, pinned host keys, clone intents, locks. Nothing is made before it is
+    needed."""
 
     def __init__(self, folder: str, notes: Notes) -> None:
         self.folder, self._notes = folder, notes
@@ -638,22 +678,37 @@ class State:
         return os.path.join(self.folder, *parts)
 
     @contextlib.contextmanager
-    def lock(self, name: str, limit: float, *, wait: bool = True) -> Iterator[None]:
+    def lock(self, name: str, limit: float, *, wait: bool = True, what: str = "") -> Iterator[None]:
         """Holds the flock `name`; it falls with the process, so a stale one heals by itself.
 
-        Raises TimedOut, naming the owner, after `limit` seconds, or Busy at once without `wait`.
+        Raises TimedOut, naming `what` it guards and the owner, after `limit` seconds, or Busy at once without `wait`.
         """
         make_folder(self.path("locks"))
         handle = os.open(self.path("locks", name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            self._take_lock(handle, name, limit if wait else 0.0)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            self._take_lock(handle, what or name, limit if wait else 0.0)
+            with contextlib.suppress(OSError):      # a full disk: the pid is only for people, and purge must work
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(handle)
 
-    def _take_lock(self, handle: int, name: str, limit: float) -> None:
+    def locked(self, name: str) -> bool:
+        """Whether somebody holds that lock. It only looks: nothing is made or written."""
+        try:
+            handle = os.open(self.path("locks", name + ".lock"), os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+
+    def _take_lock(self, handle: int, what: str, limit: float) -> None:
         told = False
         for left in attempts(limit, self._notes.tick, 0.05, 0.5):
             try:
@@ -662,9 +717,9 @@ class State:
                 owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
                 if not told and limit - left > 0.5:
                     told = True
-                    self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {name}")
+                    self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {what}")
         kind = TimedOut if limit else Busy
-        raise kind(f"{name} is in use by another kodemachine (pid {owner})", f"See what it does: ps -p {owner}")
+        raise kind(f"{what} is in use by another kodemachine (pid {owner})", f"See what it does: ps -p {owner}")
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What is known of each machine, by UUID. A broken file counts as lost, and says so."""
@@ -804,7 +859,8 @@ def _is_text(value: object) -> bool:
 
 
 def _is_prefix(value: object) -> bool:
-    return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 and not "kodeimage-v".startswith(value)
+    return isinstance(value,
+                      str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 and not "kodeimage-v".startswith(value)
 
 
 # For each key: what it must be, in words for the person, and the test of it.
@@ -970,18 +1026,23 @@ class Utmctl:
             places = [shutil.which(program) or "", *(UTMCTL_PLACES if program == "utmctl" else ())]
             if program == "utmctl" and self._configured:
                 places = [self._configured]
-            usable = [p for p in map(os.path.expanduser, filter(None, places)) if os.path.isfile(p) and os.access(p, os.X_OK)]
+            usable = [p for p in map(os.path.expanduser, filter(None, places)) if os.path.isfile(p)
+                      and os.access(p, os.X_OK)]
             if not usable:
                 where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
-                raise Unreachable(f"there is no {program}{where}", "Install UTM (brew install --cask utm), or name "
-                                  "its utmctl: kodemachine config set utmctl PATH" if program == "utmctl" else
-                                  "It is part of macOS, and only there UTM runs.")
+                raise Unreachable(
+                    f"there is no {program}{where}",
+                    "Install UTM (brew install --cask utm), or name its utmctl: kodemachine config set utmctl PATH"
+                    if program == "utmctl"
+                    else MAC_SETTING,
+                )
             self._found[program] = os.path.realpath(usable[0])
         return self._found[program]
 
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
               keep: Sequence[int] = ()) -> Call:
-        """Starts one call; `limit` in seconds, the verb's own if None. Raises Unreachable if it cannot be run at all."""
+        """Starts one call; `limit` in seconds, the verb's own if None. Raises Unreachable if it cannot be run at
+        all."""
         argv = [self.path("osascript"), *args] if verb == "osascript" else [self.path(), verb, *args]
         try:
             with self._interrupts.held():       # between the child's birth and its entry here it would be lost
@@ -1044,9 +1105,11 @@ class Utmctl:
         if reply.outcome is Outcome.REFUSED:
             raise Unreachable("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
         if reply.outcome is Outcome.NO_APP:
-            raise Unreachable("utmctl does not find UTM", "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
+            raise Unreachable("utmctl does not find UTM",
+                              "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
         if reply.outcome is Outcome.USAGE:
-            raise Unreachable(f"this utmctl is too old: {printable(reply.sentence or reply.err.strip())}", "Update UTM.")
+            raise Unreachable(f"this utmctl is too old: {printable(reply.sentence or reply.err.strip())}",
+                              "Update UTM.")
         return reply
 
     def rows(self, tolerant: bool = False) -> list[Row]:
@@ -1056,11 +1119,13 @@ class Utmctl:
         for acting) also one with rows that cannot be read. An empty one only after WARM_UP.
         Raises Unreachable or TimedOut.
         """
-        crashes, began = 0, time.monotonic()
+        crashes, empty_since = 0, float("inf")
         for asked, _ in enumerate(attempts(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
             reply = self.insist(self.call("list"))
             listing = judge_list(reply)
-            if listing.whole and (listing.rows or time.monotonic() - began >= WARM_UP):
+            empty = listing.whole and not listing.rows
+            empty_since = min(empty_since, time.monotonic()) if empty else float("inf")
+            if listing.whole and (listing.rows or time.monotonic() - empty_since >= WARM_UP):
                 return listing.rows
             if listing.whole and asked == 1:
                 self.notes.step("UTM shows no machines; waiting whether it is just starting")
@@ -1070,14 +1135,22 @@ class Utmctl:
                 return listing.rows
             crashes += reply.outcome is Outcome.CRASHED
             if crashes == 3:
-                raise Unreachable(f"utmctl crashed (exit {reply.code})",
-                                  "It needs your session at the screen, outside of any sandbox. Is UTM installed whole?")
+                raise Unreachable(
+                    f"utmctl crashed (exit {reply.code})",
+                    "It needs your session at the screen, outside of any sandbox. Is UTM installed whole?",
+                )
         if reply.outcome is Outcome.DONE:
-            raise TimedOut("UTM's list cannot be read in full", "Look at UTM's window: a machine may have a name with a "
-                           "line break, or be broken. See the answer with: utmctl list")
+            raise TimedOut(
+                "UTM's list cannot be read in full",
+                "Look at UTM's window: a machine may have a name with a "
+                "line break, or be broken. See the answer with: utmctl list",
+            )
         number = f" ({reply.numbers[-1]})" if reply.numbers else ""
-        raise TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}", "Is UTM asking something on the screen? Do not "
-                       "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."))
+        raise TimedOut(
+            f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
+            "Is UTM asking something on the screen? Do not "
+            "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."),
+        )
 
     def close(self) -> None:
         """Ends whatever is still under way; used once, on the way out."""
@@ -1102,13 +1175,15 @@ def private_size(path: str) -> int | None:
     answer = ctypes.create_string_buffer(64)
     library = ctypes.CDLL(None, use_errno=True)
     no_follow, extended = 0x1, 0x20
-    if library.getattrlist(os.fsencode(path), request, answer, ctypes.c_size_t(64), ctypes.c_uint(no_follow | extended)):
+    if library.getattrlist(os.fsencode(path), request, answer, ctypes.c_size_t(64),
+                           ctypes.c_uint(no_follow | extended)):
         return None
     return parse_private_size(answer.raw)
 
 
 def attribute_request() -> bytes:
-    """`struct attrlist`: five groups; ATTR_CMN_RETURNED_ATTRS among the common, the private size among the fork ones."""
+    """`struct attrlist`: five groups; ATTR_CMN_RETURNED_ATTRS among the common, the private size among the fork
+    ones."""
     import struct
 
     return struct.pack("=HHIIIII", 5, 0, 0x80000000, 0, 0, 0, 0x8)
@@ -1312,8 +1387,10 @@ class VM:
                 return
             if power in (Power.STOPPED, Power.PAUSED) and time.monotonic() >= again_at:
                 if asked == 3:
-                    raise KodeError(f"{self.name} does not start, it stays {power.value}" + (f": {complaint}" if complaint else ""),
-                                    "Try it in UTM's window; it may show more.")
+                    raise KodeError(
+                        f"{self.name} does not start, it stays {power.value}" + (f": {complaint}" if complaint else ""),
+                        "Try it in UTM's window; it may show more.",
+                    )
                 if power is Power.STOPPED and not asked:
                     before_cold()
                 reply = self._utm.insist(self._utm.call("start", *options, self.uuid))
@@ -1325,13 +1402,13 @@ class VM:
     def greet(self, port: int, limit: float, call: Call | None = None) -> str:
         """Waits until the guest's ssh server greets, and returns its address. `call`: a question already asked.
 
-        The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the machine
-        is off, TimedOut after `limit` seconds.
+        The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the
+        machine is off, TimedOut after `limit` seconds.
         """
         prober, ask_at, pause = Prober(port), 0.0, 0.2
         known: list[str] = []
-        deadline = time.monotonic() + limit
-        told = False
+        began, told = time.monotonic(), False
+        deadline = began + limit
         try:
             while time.monotonic() < deadline:
                 if call is None and time.monotonic() >= ask_at:
@@ -1348,7 +1425,7 @@ class VM:
                     if reply.outcome is not Outcome.DONE:
                         self._utm.insist(reply)
                         self._must_run()
-                if prober.unreachable and not told and limit - (deadline - time.monotonic()) > 8 and local_network_rules():
+                if not told and prober.unreachable and time.monotonic() > began + 8 and local_network_rules():
                     told = True
                     self._notes.warn(LOCAL_NETWORK)
                 self._notes.tick()
@@ -1356,14 +1433,60 @@ class VM:
             prober.close()
             self._utm.drop(call)
         seen = f"its ssh port does not answer at {', '.join(known)}" if known else "its guest agent tells no address"
-        raise TimedOut(f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
-                       LOCAL_NETWORK if prober.unreachable and local_network_rules() else
-                       "Look at its console (kodemachine attach LABEL), or allow more time with --timeout.")
+        raise TimedOut(
+            f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
+            LOCAL_NETWORK
+            if prober.unreachable and local_network_rules()
+            else "Look at its console (kodemachine attach LABEL), or allow more time with --timeout.",
+        )
 
     def _must_run(self) -> None:
         if self.status() in (Power.STOPPED, Power.PAUSED):
             raise KodeError(f"{self.name} is {self.power.value}: it went off while it was being waited for",
                             "Its console may tell more: kodemachine start -d LABEL, then kodemachine attach LABEL")
+
+    def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
+                  macs: Sequence[str] = ()) -> Reply:
+        """Changes a stopped machine's configuration; memory in MiB. The answer has a line each for name, memory, CPUs,
+        and
+        every network address, as they are then."""
+        return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
+
+    def make_unique(self, memory: int | None, cpus: int | None) -> None:
+        """Gives a stopped machine network addresses that no other has, and `memory` (MiB) and `cpus` in the same
+        change.
+
+        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError if it is not done and
+        proved.
+        """
+        problem = "UTM does not answer"
+        for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.script(ADDRESSES)
+            if reply.outcome is Outcome.DONE:
+                found: dict[str, list[str]] = {}
+                for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
+                    found.setdefault(uuid, []).append(mac.upper() if MAC.fullmatch(mac) else "?")
+                mine = found.pop(self.uuid, [])
+                others = {mac for macs in found.values() for mac in macs}
+                shared = [mac in others or mine.count(mac) > 1 or "?" in {mac, *others} for mac in mine]
+                if not (any(shared) or memory or cpus):
+                    return
+                wanted = [random_mac() if bad else mac for mac, bad in zip(mine, shared)]
+                reply = self.configure("", memory, cpus, wanted)
+                lines = reply.out.splitlines()
+                proved = all(want in (None, got) for want, got in zip((memory, cpus), map(as_number, lines[1:3])))
+                if proved and lines[3:3 + len(wanted)] == wanted:
+                    return
+            problem = printable(reply.sentence) or f"UTM answers {reply.outcome.value}"
+            if reply.outcome is Outcome.REFUSED:
+                raise Unreachable(
+                    f"{self.name} was not started: macOS does not permit to check its network address (-1743)",
+                    f"{MAC_SETTING} {NOT_ALLOWED}",
+                )
+            if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
+                break
+        raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
+                        MAC_SETTING)
 
     def addresses(self, limit: float | None = None) -> list[str]:
         """The addresses that the guest agent tells, likeliest first; none if it does not answer."""
@@ -1416,10 +1539,14 @@ class VM:
             if power is Power.PAUSED and not asked:
                 raise WrongState(f"{self.name} is paused already; only a running machine can be saved",
                                  "First: kodemachine resume LABEL")
-            if power is Power.PAUSED and asked:
-                words = printable(asked.sentence) or f"UTM gave no clear answer ({asked.outcome.value})"
-                raise KodeError(f"{self.name} is paused in memory, but was not saved to disk: {words}",
-                                "It goes on with: kodemachine resume LABEL")
+            if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED:
+                raise KodeError(
+                    f"{self.name} is paused in memory, but was not saved to disk: {printable(asked.sentence)}",
+                    "It goes on with: kodemachine resume LABEL",
+                )
+            if power is Power.PAUSED:
+                raise TimedOut(f"{self.name} is paused; UTM gave no answer to whether it was saved to disk",
+                               "It goes on with: kodemachine resume LABEL")
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
                     raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
@@ -1428,7 +1555,8 @@ class VM:
         raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})")
 
     def delete(self, limit: float) -> None:
-        """Deletes a stopped machine, and returns when a clean list lacks it. `utmctl delete` asks nobody (contract 1.2).
+        """Deletes a stopped machine, and returns when a clean list lacks it. `utmctl delete` asks nobody (contract
+        1.2).
 
         Right before each request a clean list has to show this UUID under this name, stopped. One without an answer is
         looked after, and repeated once (contract 9.6). Raises WrongState, TimedOut, or KodeError with UTM's words.
@@ -1443,7 +1571,8 @@ class VM:
             if row.power is Power.UNKNOWN or time.monotonic() < again_at:
                 continue
             if row.power is not Power.STOPPED:
-                raise WrongState(f"{self.name} is {row.power.value} and was not deleted", "Stop it first, or add --force.")
+                raise WrongState(f"{self.name} is {row.power.value} and was not deleted",
+                                 "Stop it first, or add --force.")
             if asked == 2:
                 break
             reply = self._utm.insist(self._utm.call("delete", self.uuid))
@@ -1452,19 +1581,50 @@ class VM:
             complaint = printable(reply.sentence)
             asked += 1
             again_at = time.monotonic() + (1.0 if reply.outcome in (Outcome.FAILED, Outcome.MISSING) else DELETE_SETTLE)
-        raise TimedOut(f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
-                       "Look at it in UTM's window, then try again.")
+        raise TimedOut(
+            f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
+            "Look at it in UTM's window, then try again.",
+        )
+
+    def run(self, argv: Sequence[str], stdin: int | None = None) -> tuple[int, bytes, bytes]:
+        """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
+
+        It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
+        for one killed by a signal, and for a lost result (contract 1.3). The `--` in front of it, which is the shell's
+        $0, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
+        Raises KodeError if the command was not run, or if how it ended is not known.
+        """
+        mark = f"kodemachine-{os.urandom(8).hex()}:"
+        script = f'"$@"; code=$?; printf "\\n{mark}%s\\n" "$code" >&2; exit "$code"'
+        words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", script, "--", *argv]
+        call = self._utm.begin("exec", *words, limit=float("inf"), stdin=subprocess.DEVNULL if stdin is None else stdin)
+        reply = self._utm.finish(call)
+        assert reply
+        out, err = reply.raw
+        said, found, code = err.rpartition(f"\n{mark}".encode())
+        if found and code.strip().isdigit():
+            if max(len(out), len(said)) >= EXEC_OUTPUT:
+                self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
+            return int(code), out, said
+        self._utm.insist(reply)
+        if reply.outcome is Outcome.DONE:
+            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known")
+        raise KodeError(f"the command was not run in {self.name}: {printable(reply.sentence) or reply.outcome.value}",
+                        "It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh LABEL")
 
     def serial_port(self, index: int | None) -> str:
         """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""
-        reply = self._utm.insist(self._utm.call("attach", self.uuid, *([f"--index={index}"] if index is not None else [])))
+        reply = self._utm.insist(self._utm.call("attach", self.uuid,
+                                                *([f"--index={index}"] if index is not None else [])))
         match = re.search(r"^(?:PTTY|TCP): (\S+)$", reply.out, re.MULTILINE)
         if match:
             return match.group(1)
         if reply.outcome is not Outcome.DONE:
             raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}")
-        raise KodeError(f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
-                        "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.")
+        raise KodeError(
+            f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
+            "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.",
+        )
 
 
 def local_network_rules() -> bool:
@@ -1473,7 +1633,171 @@ def local_network_rules() -> bool:
     return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
 
 
+def as_words(options: dict[str, str]) -> list[str]:
+    """ssh's options as words of a command line."""
+    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+
+
 # ---- the fleet
+
+class Cloner:
+    """Makes one copy of a stopped machine under a new name, and only one, whatever is lost or interrupted.
+
+    UTM tells no UUID and may report anything (contract 3), so the copy is what was not there before. The intent is
+    written down first; whoever comes next finds what has come of it, and never deletes or rolls back.
+    """
+
+    def __init__(self, utm: Utmctl, state: State, limit: float) -> None:
+        self._utm, self._state, self._limit, self._notes = utm, state, limit, utm.notes
+
+    def adopt(self, row: Row) -> bool:
+        """Records a machine that came of an intent for its name; false if it was there before, or there is no
+        intent."""
+        intent = Intent(self._state, row.name)
+        found = intent.load()
+        if not found or row.uuid in found["listed"]:
+            return False
+        self._state.record(row.uuid, name=row.name, image={"name": found["base"], "uuid": found["base_uuid"]},
+                           created=iso_time(found["time"]))
+        intent.remove()
+        return True
+
+    def finish(self, name: str) -> Row | None:
+        """What an earlier run's clone has come to, waited for as long as that run would have; None if there is
+        nothing."""
+        intent = Intent(self._state, name)
+        found = intent.load()
+        if not found:
+            return None
+        left = max(0.0, min(found["time"] + self._limit - time.time(), self._limit))
+        self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
+        return self._await(name, intent, found, None, left)
+
+    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
+        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+        clash = next((row for row in rows if row.name.lower() == name), None)
+        if clash:
+            raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
+                             "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+        self._await_other_calls(base)
+        intent = Intent(self._state, name)
+        for repeated in (False, True):
+            self._notes.step(f"cloning {printable(base.name)} to {name}" + " once more" * repeated)
+            found, handle = intent.declare(base, rows)
+            try:
+                call = self._utm.begin("clone", base.uuid, "--name", name, limit=self._limit, keep=[handle])
+            except Unreachable:
+                intent.remove()             # nothing was asked of UTM
+                raise
+            finally:
+                os.close(handle)
+            try:
+                row = self._await(name, intent, found, call, self._limit)
+            finally:
+                self._utm.drop(call)
+            if row:
+                return row
+        intent.remove()
+        assert call.reply
+        number = f" ({call.reply.numbers[-1]})" if call.reply.numbers else ""
+        raise Unreachable(f"UTM did not take the order to clone {printable(base.name)}{number}",
+                          "Open UTM and try again. " + NOT_ALLOWED)
+
+    def _await_other_calls(self, base: Row) -> None:
+        """Waits for clone calls that outlived their kodemachine: two at once race for one temporary name (contract
+        3)."""
+        folder = self._state.path("intents")
+        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
+        for name in names:
+            intent = Intent(self._state, name)
+            if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
+                self._notes.step(f"waiting until UTM has cloned {name}")
+                for _ in attempts(self._limit, self._notes.tick):
+                    if not intent.call_alive():
+                        break
+
+    def _await(self, name: str, intent: Intent, found: dict[str, Any], call: Call | None, limit: float) -> Row | None:
+        """The machine that comes of an intent; None if there is none, and no later one to be feared.
+
+        `found` is what the intent says, and `call` this run's own, or None for an earlier run's.
+        Raises KodeError if it failed, or if what came is not provably ours.
+        """
+        half_name = re.compile(re.escape(found["base"]) + r"(?: \d+)?")
+        deadline, renames = time.monotonic() + limit, 0
+        seen: object = None
+        since = 0.0
+        for _ in attempts(max(limit, 2 * UNCHANGED), self._notes.tick, 0.1, 0.5):
+            reply = self._utm.finish(call, 1.0) if call else None
+            ended = bool(reply) or not (call or intent.call_alive())
+            new = [row for row in self._utm.rows() if row.uuid not in found["listed"]]
+            named = [row for row in new if row.name == name]
+            half = [row for row in new if half_name.fullmatch(row.name)]
+            if seen != (new, ended):
+                seen, since = (new, ended), time.monotonic()
+            settled = time.monotonic() - since >= UNCHANGED
+            if len(named) == 1 and named[0].power is not Power.UNKNOWN and (ended or settled):
+                return named[0]
+            if len(named) > 1 or (ended and settled and not named and len(half) > 1):
+                which = ", ".join(f"{printable(row.name)} ({row.uuid})" for row in named or half)
+                raise WrongState(f"more than one machine may be the new {name}: {which}",
+                                 f"Name one of them {name} in UTM, and delete or rename the others.")
+            if ended and settled and not named and half and half[0].power is Power.STOPPED:
+                if renames == 3:
+                    break
+                self._rename(half[0], name)
+                renames, since = renames + 1, time.monotonic()
+            elif reply and not named and not half:
+                problem = self._in_vain(reply, found, name, time.monotonic() - since)
+                if problem:
+                    intent.remove()
+                    raise problem
+                if time.monotonic() - since >= SETTLE and was_not_heard(reply):
+                    return None
+            elif not named and not half and time.monotonic() >= deadline:
+                break
+        if half and not named:
+            raise TimedOut(
+                f"the clone {name} is unfinished: {printable(half[0].name)} ({half[0].uuid}) is {half[0].power.value}",
+                f"When UTM is done with it, run this again; or rename it to {name} in UTM.",
+            )
+        if call:
+            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
+                           "Run the same command again: it finds the machine if it has come, and makes no second one.")
+        return None
+
+    def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
+        """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
+        base = printable(found["base"])
+        try:
+            self._utm.insist(reply)
+        except Unreachable as refusal:
+            return refusal
+        if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
+            running = [row for row in self._utm.rows() if row.uuid == found["base_uuid"]
+                       and row.power is not Power.STOPPED]
+            return KodeError(
+                f"UTM could not clone {base} to {name}: {printable(reply.sentence)}",
+                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running else "",
+            )
+        if reply.outcome is Outcome.DONE and seconds >= SETTLE:
+            return KodeError(f"UTM reported that it cloned {base}, but there is no new machine",
+                             "Try again; is the disk full?")
+        return None
+
+    def _rename(self, row: Row, name: str) -> None:
+        """Completes UTM's half-done renaming of a machine that is provably ours."""
+        self._notes.step(f"completing the name of {printable(row.name)}: {name}")
+        try:
+            reply = self._utm.insist(VM(self._utm, row).configure(name=name))
+        except Unreachable as failure:
+            raise Unreachable(
+                f"the new machine is still called {printable(row.name)} ({row.uuid}), and cannot be renamed: "
+                f"{failure.message}",
+                f"Rename it to {name} in UTM, then run this again.",
+            ) from None
+        if reply.outcome is not Outcome.DONE:
+            self._notes.warn(f"UTM did not rename {printable(row.name)}: {printable(reply.sentence)}")
+
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
 # mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
@@ -1500,7 +1824,7 @@ class Manager:
 
     def __init__(self, settings: Settings, utm: Utmctl, state: State) -> None:
         self.settings, self.utm, self.state = settings, utm, state
-        self._notes = utm.notes
+        self._notes, self._cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
 
     # -- names
 
@@ -1515,11 +1839,15 @@ class Manager:
             raise UsageError(f"{shown!r} is a command of kodemachine and cannot be a machine's label",
                              "See: kodemachine help")
         if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
-            raise UsageError(f"{shown!r} cannot be a label", "A label has lower-case letters, digits and inner hyphens, "
-                             "such as project-alpha.")
+            raise UsageError(
+                f"{shown!r} cannot be a label",
+                "A label has lower-case letters, digits and inner hyphens, such as project-alpha.",
+            )
         if len(self.settings.prefix + label) > 63:
-            raise UsageError(f"{label!r} is too long for a label",
-                             f"At most {63 - len(self.settings.prefix)} characters fit, with the prefix {self.settings.prefix!r}.")
+            raise UsageError(
+                f"{label!r} is too long for a label",
+                f"At most {63 - len(self.settings.prefix)} characters fit, with the prefix {self.settings.prefix!r}.",
+            )
         return label
 
     def label_of(self, name: str) -> str | None:
@@ -1582,30 +1910,46 @@ class Manager:
 
     # -- the spawn
 
-    def obtain(self, label: str, wishes: Wishes) -> tuple[VM, bool, Call | None]:
-        """The clone of that label, made if it is missing; whether it was; and a question for its addresses.
+    def obtain(self, label: str, wishes: Wishes) -> tuple[VM, Call | None]:
+        """The clone of that label, made if it is missing, and a question for its addresses.
 
         That question is asked of the UUID remembered for the name while the list is on its way, and its answer is
         only kept if the list shows exactly that machine, started. Callers hold the label's lock.
         """
         name = self.settings.prefix + label
-        known = [uuid for uuid, record in self.state.records().items() if record.get("name") == name and UUID.fullmatch(uuid)]
+        known = [uuid for uuid,
+                 record in self.state.records().items() if record.get("name") == name and UUID.fullmatch(uuid)]
         call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
         try:
             rows = self.utm.rows()
             row = self.row_of(rows, label)
             if row is None:
                 self._may_clone(label, wishes)
-                vm = VM(self.utm, self._clone(name, wishes))
-                return vm, True, None
-            self._adopt(Intent(self.state, name), row)
+                return VM(self.utm, self._clone(label, wishes)), None
+            self._cloner.adopt(row)
             self._keep_as_it_is(row, label, wishes)
             if row.uuid in known and row.power is Power.STARTED:
                 kept, call = call, None
-                return VM(self.utm, row), False, kept
-            return VM(self.utm, row), False, None
+                return VM(self.utm, row), kept
+            return VM(self.utm, row), None
         finally:
             self.utm.drop(call)
+
+    def _clone(self, label: str, wishes: Wishes) -> Row:
+        """A new machine of that label, or the one that an earlier run began to make."""
+        name = self.settings.prefix + label
+        with self._fleet():
+            row = self._cloner.finish(name)
+            if row:
+                self._cloner.adopt(row)
+                self._keep_as_it_is(row, label, wishes._replace(base=None))
+            rows = self.utm.rows()
+            if row is None:
+                row = self._cloner.clone(self.base(rows, wishes.base), name, rows)
+                self._cloner.adopt(row)
+            self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
+            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
+            return row
 
     def _may_clone(self, label: str, wishes: Wishes) -> None:
         if not wishes.may_clone:
@@ -1648,161 +1992,18 @@ class Manager:
             raise NotFound(f"there is no image {printable(wanted)}", f"Images: {names}. Choose one with --base, or: "
                            "kodemachine config set base_image NAME")
         if len(found) > 1:
-            raise WrongState(f"{len(found)} machines are called {printable(wanted)}: " + ", ".join(row.uuid for row in found),
-                             "Rename one of them in UTM.")
+            raise WrongState(
+                f"{len(found)} machines are called {printable(wanted)}: " + ", ".join(row.uuid for row in found),
+                "Rename one of them in UTM.",
+            )
         if found[0] in self.clones(rows):
             raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
         if found[0].power is not Power.STOPPED:
-            raise WrongState(f"the image {printable(wanted)} is {found[0].power.value}; only a stopped one can be cloned",
-                             f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}")
+            raise WrongState(
+                f"the image {printable(wanted)} is {found[0].power.value}; only a stopped one can be cloned",
+                f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}",
+            )
         return found[0]
-
-    def _adopt(self, intent: Intent, row: Row) -> bool:
-        """Records a machine that came of an intent; true if this one did."""
-        earlier = intent.load()
-        if not earlier or row.uuid in earlier["listed"]:
-            return False
-        self.state.record(row.uuid, name=row.name, image={"name": earlier["base"], "uuid": earlier["base_uuid"]},
-                          created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(earlier["time"])))
-        intent.remove()
-        return True
-
-    def _clone(self, name: str, wishes: Wishes) -> Row:
-        """A new machine of that name, by way of a recorded intent; carries on what an earlier run began."""
-        intent = Intent(self.state, name)
-        with self._fleet():
-            rows = self.utm.rows()
-            earlier = intent.load()
-            row = None
-            if earlier:
-                left = earlier["time"] + self.settings.clone_timeout - time.time()
-                self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {max(0, left):.0f} s)")
-                row = self._await_clone(name, earlier, intent, None, max(0.0, min(left, self.settings.clone_timeout)))
-                if row and wishes.only_new:
-                    self._adopt(intent, row)
-                    self._keep_as_it_is(row, str(self.label_of(name)), wishes)
-            if row is None:
-                rows = self.utm.rows() if earlier else rows
-                row = self._clone_anew(name, intent, self.base(rows, wishes.base), rows)
-            self._adopt(intent, row)
-            self.state.record(row.uuid, name=name, rm=True if wishes.only_new else None)
-            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
-            return row
-
-    def _clone_anew(self, name: str, intent: Intent, base: Row, rows: Sequence[Row]) -> Row:
-        clash = [row for row in rows if row.name.lower() == name]
-        if clash:
-            raise WrongState(f"there is a machine {printable(clash[0].name)} already ({clash[0].uuid})",
-                             "UTM's folders do not tell upper from lower case. Rename it in UTM.")
-        self._await_other_calls(base)
-        for repeat in (False, True):
-            self._notes.step(f"cloning {printable(base.name)} to {name}")
-            declared, handle = intent.declare(base, rows)
-            try:
-                call = self.utm.begin("clone", base.uuid, "--name", name, limit=self.settings.clone_timeout, keep=[handle])
-            except BaseException:
-                intent.remove()             # nothing was asked of UTM
-                raise
-            finally:
-                os.close(handle)
-            try:
-                row = self._await_clone(name, declared, intent, call, self.settings.clone_timeout)
-            finally:
-                self.utm.drop(call)
-            if row:
-                return row
-            if repeat:
-                break
-        assert call.reply
-        intent.remove()
-        raise Unreachable(f"UTM did not take the order to clone {printable(base.name)} ({call.reply.outcome.value}"
-                          + "".join(f" {n}" for n in call.reply.numbers[-1:]) + ")", "Open UTM and try again. " + NOT_ALLOWED)
-
-    def _await_other_calls(self, base: Row) -> None:
-        """Waits for clone calls that outlived their kodemachine: two at once race for one temporary name (contract 3)."""
-        folder = self.state.path("intents")
-        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
-        others = [(name, Intent(self.state, name)) for name in names]
-        for left in attempts(self.settings.clone_timeout, self._notes.tick):
-            busy = [name for name, other in others if other.call_alive() and (other.load() or {}).get("base_uuid") == base.uuid]
-            if not busy:
-                return
-            if left > self.settings.clone_timeout - 0.5:
-                self._notes.step(f"waiting until UTM has cloned {busy[0]}")
-
-    def _await_clone(self, name: str, intent: dict[str, Any], record: Intent, call: Call | None, limit: float) -> Row | None:
-        """The machine that comes of an intent, found by the UUIDs that were not there before (contract 3).
-
-        None if none came: of an earlier run's clone after `limit` seconds, of this one's `call` when UTM cannot have
-        begun it. Raises KodeError if it failed or if what came is not provably ours.
-        """
-        half_name = re.compile(re.escape(intent["base"]) + r"(?: \d+)?")
-        listed, renames = set(intent["listed"]), 0
-        seen: object = None
-        since = 0.0
-        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
-            reply = self.utm.finish(call, 1.0) if call else None
-            ended = reply is not None or not (call or record.call_alive())
-            new = [row for row in self.utm.rows() if row.uuid not in listed]
-            named, half = [row for row in new if row.name == name], [row for row in new if half_name.fullmatch(row.name)]
-            if seen != (new, ended):
-                seen, since = (new, ended), time.monotonic()
-            unchanged = time.monotonic() - since
-            if len(named) == 1 and named[0].power is not Power.UNKNOWN and (ended or unchanged >= UNCHANGED):
-                return named[0]
-            if len(named) > 1 or (ended and not named and len(half) > 1 and unchanged >= UNCHANGED):
-                both = ", ".join(f"{printable(row.name)} ({row.uuid})" for row in (named or half))
-                raise WrongState(f"more than one machine may be the new {name}: {both}",
-                                 f"Name one of them {name} in UTM, and delete or rename the others.")
-            if ended and not named and len(half) == 1 and half[0].power is Power.STOPPED and unchanged >= UNCHANGED:
-                if renames == 3:
-                    raise KodeError(f"the new machine is still called {printable(half[0].name)} ({half[0].uuid})",
-                                    f"Rename it to {name} in UTM, then run this again.")
-                renames += 1
-                self._rename(half[0], name)
-                since = time.monotonic()
-            elif reply and not new:
-                self._judge_clone(reply, name, intent, record, unchanged)
-                if unchanged >= SETTLE and self._was_not_taken(reply):
-                    return None
-        if half and not named:
-            raise TimedOut(f"the clone {name} is unfinished: {printable(half[0].name)} ({half[0].uuid}) is {half[0].power.value}",
-                           f"When UTM is done with it, run this again; or rename it to {name} in UTM.")
-        if call:
-            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
-                           "Run the same command again: it finds the machine if it has come, and makes no second one.")
-        return None
-
-    @staticmethod
-    def _was_not_taken(reply: Reply) -> bool:
-        """Whether a call failed in such a way that UTM probably never heard it, so that one repetition is safe."""
-        return reply.outcome is Outcome.MISSING or \
-            (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
-
-    def _judge_clone(self, reply: Reply, name: str, intent: dict[str, Any], record: Intent, seconds: float) -> None:
-        """Raises for a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
-        if reply.outcome in (Outcome.REFUSED, Outcome.NO_APP, Outcome.USAGE):
-            record.remove()
-            self.utm.insist(reply)
-        if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
-            record.remove()
-            self.base(self.utm.rows(), intent["base_uuid"])       # says so if it runs meanwhile
-            raise KodeError(f"UTM could not clone {printable(intent['base'])} to {name}: {printable(reply.sentence)}")
-        if reply.outcome is Outcome.DONE and seconds >= SETTLE:
-            record.remove()
-            raise KodeError(f"UTM reported that it cloned {printable(intent['base'])}, but there is no new machine",
-                            "Try again; is the disk full?")
-
-    def _rename(self, row: Row, name: str) -> None:
-        """Completes UTM's half-done renaming of a machine that is provably ours."""
-        self._notes.step(f"completing the name of {printable(row.name)}: {name}")
-        try:
-            reply = self.utm.insist(self.utm.script(CONFIGURE, row.uuid, name, "", ""))
-        except Unreachable as failure:
-            raise Unreachable(f"the new machine is still called {printable(row.name)} ({row.uuid}), and cannot be renamed: "
-                              f"{failure.message}", f"Rename it to {name} in UTM, then run this again.") from None
-        if reply.outcome is Outcome.FAILED:
-            self._notes.warn(f"UTM did not rename {printable(row.name)}: {printable(reply.sentence)}")
 
     def bring_up(self, vm: VM, label: str, wishes: Wishes, call: Call | None = None) -> str:
         """Starts or resumes a machine, waits for its ssh server and gives it its name; returns the address.
@@ -1813,7 +2014,8 @@ class Manager:
         began = time.monotonic()
         record = self.record_of(vm.uuid)
         if vm.power is not Power.STARTED:
-            self._notes.step(f"{'resuming' if vm.power is Power.PAUSED or record.get('saved') else 'starting'} {vm.name}")
+            resumes = vm.power is Power.PAUSED or record.get("saved")
+            self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
             vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
                         before_cold=lambda: self._before_cold_start(vm, record, wishes))
             record = self.record_of(vm.uuid)
@@ -1821,66 +2023,21 @@ class Manager:
             self.state.record(vm.uuid, saved=None)
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
-        address = vm.greet(self.settings.ssh_port, max(5.0, limit - (time.monotonic() - began)), call)
+        address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
         if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
             self._give_personality(vm, label)
         return address
 
     def _before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
-        saved = record.get("saved")
-        if not saved and (wishes.cpus or wishes.memory or not record.get("mac_checked")):
-            with self._fleet():
-                self._make_unique(vm, wishes)
-        was_disposable = record.get("disposable")
-        self.state.record(vm.uuid, name=vm.name, mac_checked=True if not saved else record.get("mac_checked"),
-                          disposable=wishes.disposable or None,
-                          host_keys=None if was_disposable and not record.get("personality") else record.get("host_keys"))
-
-    def _make_unique(self, vm: VM, wishes: Wishes) -> None:
-        """Gives a stopped machine network addresses that no other has, and its CPUs and memory (contract 3.5, 7).
-
-        Raises Unreachable if macOS refuses, KodeError if it could not be done or proved.
-        """
-        self._notes.step(f"checking the network address of {vm.name}")
-        problem = "UTM does not answer"
-        for _ in attempts(30, self._notes.tick, 0.3, 3.0):
-            found = self._hardware_addresses()
-            if found is None:
-                continue
-            mine = found.pop(vm.uuid, [])
-            others = {mac for macs in found.values() for mac in macs}
-            unsure = "?" in others or "?" in mine
-            shared = [mac in others or mine.count(mac) > 1 or unsure for mac in mine]
-            if not (any(shared) or wishes.cpus or wishes.memory):
-                return
-            wanted = [random_mac() if bad else mac for mac, bad in zip(mine, shared)]
-            fields = ["" if wish is None else str(wish) for wish in (wishes.memory, wishes.cpus)]
-            reply = self._insist_on_mac(self.utm.script(CONFIGURE, vm.uuid, "", *fields, *wanted), vm)
-            problem = printable(reply.sentence) or f"UTM answers {reply.outcome.value}"
-            lines = reply.out.splitlines()
-            if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
-                break
-            if reply.outcome is Outcome.DONE and lines[3:3 + len(wanted)] == wanted \
-                    and all(want in ("", got) for want, got in zip(fields, lines[1:3])):
-                return
-        raise KodeError(f"{vm.name} was not started: its network address could not be made unique ({problem})", MAC_SETTING)
-
-    def _hardware_addresses(self) -> dict[str, list[str]] | None:
-        """The MAC addresses of every machine, by UUID, upper-case; '?' where one cannot be read. None without an answer."""
-        reply = self._insist_on_mac(self.utm.script(ADDRESSES), None)
-        if reply.outcome is not Outcome.DONE:
-            return None
-        found: dict[str, list[str]] = {}
-        for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
-            found.setdefault(uuid, []).append(mac.upper() if MAC.fullmatch(mac) else "?")
-        return found
-
-    def _insist_on_mac(self, reply: Reply, vm: VM | None) -> Reply:
-        if reply.outcome is Outcome.REFUSED:
-            name = vm.name if vm else "the machine"
-            raise Unreachable(f"{name} was not started: macOS does not permit to check its network address (-1743)",
-                              f"{MAC_SETTING} {NOT_ALLOWED}")
-        return reply
+        if not record.get("saved"):
+            if wishes.cpus or wishes.memory or not record.get("mac_checked"):
+                with self._fleet():
+                    self._notes.step(f"checking the network address of {vm.name}")
+                    vm.make_unique(wishes.memory, wishes.cpus)
+            self.state.record(vm.uuid, name=vm.name, mac_checked=True)
+        lost_keys = record.get("disposable") and not record.get("personality")     # made by a boot that left no trace
+        self.state.record(vm.uuid, disposable=wishes.disposable or None,
+                          host_keys=None if lost_keys else record.get("host_keys"))
 
     def read_guest(self, vm: VM, label: str) -> tuple[list[str], str] | None:
         """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
@@ -1888,8 +2045,11 @@ class Manager:
         pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
         told = dict(pairs)
         if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
-            self._notes.warn(f"the guest agent did not name {vm.name} ({reply.outcome.value}"
-                             + (f": {printable(reply.sentence)}" if reply.sentence else "") + "); the next start tries again")
+            self._notes.warn(
+                f"the guest agent did not name {vm.name} ({reply.outcome.value}"
+                + (f": {printable(reply.sentence)}" if reply.sentence else "")
+                + "); the next start tries again"
+            )
             return None
         return parse_host_keys([line for key, line in pairs if key == "key"]), told.get("machine-id", "")[:64]
 
@@ -1900,8 +2060,14 @@ class Manager:
             return
         record = self.record_of(vm.uuid)
         keys = record.get("host_keys") if record.get("personality") else None
-        self.state.record(vm.uuid, name=vm.name, host_keys=keys or told[0] or None, machine_id=printable(told[1]) or None,
-                          personality=None if record.get("disposable") else True, learning=None)
+        self.state.record(
+            vm.uuid,
+            name=vm.name,
+            host_keys=keys or told[0] or None,
+            machine_id=printable(told[1]) or None,
+            personality=None if record.get("disposable") else True,
+            learning=None,
+        )
 
     # -- the handoff
 
@@ -1921,22 +2087,49 @@ class Manager:
             self.state.record(vm.uuid, name=vm.name, learning=True)
         return bool(keys)
 
-    def ssh_options(self, name: str, pinned: bool) -> list[str]:
-        """The options that tie ssh and scp to this machine, whatever the person's own configuration says of `Host *`."""
-        path = self.state.known_hosts.replace("%", "%%")
-        options = {"HostKeyAlias": name, "UserKnownHostsFile": f'"{path}"', "GlobalKnownHostsFile": "/dev/null",
+    def _own_options(self, pinned: bool) -> dict[str, str]:
+        """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
+        def quoted(path: str) -> str:
+            return '"' + path.replace("%", "%%") + '"'
+        options = {"UserKnownHostsFile": quoted(self.state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
                    "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
-                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "ProxyJump": "none",
-                   "ProxyCommand": "none", "CanonicalizeHostname": "no"}
-        identity = ["-i", self.settings.identity_file] if self.settings.identity_file else []
-        return [word for key, value in options.items() for word in ("-o", f"{key}={value}")] + identity
+                   "VerifyHostKeyDNS": "no", "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
+                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
+        if self.settings.ssh_user:
+            options["User"] = self.settings.ssh_user
+        if self.settings.identity_file:
+            options["IdentityFile"] = quoted(self.settings.identity_file)
+        return options
 
     def ssh_argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
-        """The command line that ssh is given; the words of `command` are joined by the guest's login shell."""
-        user = ["-l", self.settings.ssh_user] if self.settings.ssh_user else []
-        return ["ssh", *self.ssh_options(vm.name, pinned), "-p", str(self.settings.ssh_port), *user, "--", address, *command]
+        """The command line of ssh to an address; the words of `command` are joined by the guest's login shell."""
+        options = {"HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none", "ProxyCommand": "none",
+                   "Port": str(self.settings.ssh_port)}
+        return ["ssh", *as_words(options), "--", address, *command]
+
+    def name_options(self) -> dict[str, str]:
+        """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
+
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and script by
+        absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
+        """
+        proxy = shlex.join([sys.executable, "-IS", os.path.realpath(__file__)]).replace("%", "%%")
+        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
 
     # -- looking
+
+    def running(self, label: str) -> tuple[VM, str]:
+        """A machine that runs, and the address at which it answers; it is neither cloned nor started for that.
+
+        Raises NotFound or WrongState. Its host keys are pinned when this returns. Callers hold the label's lock.
+        """
+        wishes = Wishes(may_clone=False)
+        vm, call = self.obtain(label, wishes)
+        if vm.power is not Power.STARTED:
+            raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {label}")
+        address = self.bring_up(vm, label, wishes, call)
+        self.pin(vm)
+        return vm, address
 
     @property
     def documents(self) -> str:
@@ -1944,10 +2137,11 @@ class Manager:
         return self.settings.documents or os.path.expanduser(DOCUMENTS)
 
     def survey(self, rows: Sequence[Row], *, ip: bool = True, disk: bool = True) -> list[Machine]:
-        """What `list` shows of these machines. One that is busy, hung or gone costs its own row a blank, not the list."""
+        """What `list` shows of these machines. One that is busy, hung or gone costs its own row a blank, not the
+        list."""
         records = self.state.records()
         running = [row for row in rows if row.power is Power.STARTED] if ip else []
-        replies = self.utm.gather([("ip-address", row.uuid) for row in running], limit=5.0)
+        replies = self.utm.gather([("ip-address", row.uuid) for row in running], limit=ADDRESS_LIMIT)
         addresses = {row.uuid: (parse_addresses(reply.out) if reply.outcome is Outcome.DONE else [])
                      for row, reply in zip(running, replies)}
         disks = read_bundles(self.documents, rows, DISK_LIMIT, self._notes.tick) if disk and rows else {}
@@ -1956,9 +2150,20 @@ class Manager:
         for row in rows:
             record, on_disk = records.get(row.uuid, {}), disks.get(row.uuid, Disk())
             image = record.get("image") if isinstance(record.get("image"), dict) else {}
-            found.append(Machine(None if row in images else self.label_of(row.name), row.name, row.uuid, row.power.value,
-                                 next(iter(addresses.get(row.uuid, [])), None), (image or {}).get("name"), on_disk.memory,
-                                 on_disk.size, on_disk.frees, record.get("created")))
+            found.append(
+                Machine(
+                    None if row in images else self.label_of(row.name),
+                    row.name,
+                    row.uuid,
+                    row.power.value,
+                    next(iter(addresses.get(row.uuid, [])), None),
+                    (image or {}).get("name"),
+                    on_disk.memory,
+                    on_disk.size,
+                    on_disk.frees,
+                    record.get("created"),
+                )
+            )
         return found
 
     # -- the everyday verbs; callers hold the label's lock, but for `purge_list`
@@ -1980,9 +2185,16 @@ class Manager:
         vm = self.find(label)
         if save and self.record_of(vm.uuid).get("disposable"):
             raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk")
-        vm.suspend(self.settings.stop_timeout, save)
+        before = self.record_of(vm.uuid).get("saved")
         if save:
-            self.state.record(vm.uuid, name=vm.name, saved=True)
+            self.state.record(vm.uuid, name=vm.name, saved=True)    # already now: should we be cut off, it may be
+        try:
+            vm.suspend(self.settings.stop_timeout, save)
+        except TimedOut:
+            raise
+        except KodeError:
+            self.state.record(vm.uuid, saved=before)
+            raise
         return "saved to disk" if save else "suspended to memory"
 
     def resume(self, label: str) -> str:
@@ -1992,7 +2204,8 @@ class Manager:
         if vm.power is Power.STARTED:
             return "is running already"
         if vm.power is Power.STOPPED and not record.get("saved"):
-            raise WrongState(f"{vm.name} is stopped and has no saved session", f"Start it: kodemachine start -d {label}")
+            raise WrongState(f"{vm.name} is stopped and has no saved session",
+                             f"Start it: kodemachine start -d {label}")
         vm.power_on(self.settings.boot_timeout, hide=self.settings.headless)
         self.state.record(vm.uuid, saved=None)
         return "resumed"
@@ -2016,17 +2229,11 @@ class Manager:
 
     def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
         """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
-        return self.state.lock(vm.name + ".session", 0.0, wait=False)
+        return self.state.lock(vm.name + ".session", 5.0)       # a `list` that looks holds it for a moment
 
     def is_orphan(self, row: Row) -> bool:
         """Whether a machine was made with --rm, and its kodemachine is no more."""
-        if not self.record_of(row.uuid).get("rm"):
-            return False
-        try:
-            with self.session_lock(VM(self.utm, row)):
-                return True
-        except Busy:
-            return False
+        return bool(self.record_of(row.uuid).get("rm")) and not self.state.locked(row.name + ".session")
 
 
 # ---- the serial console
@@ -2075,7 +2282,7 @@ def open_line(port: str) -> int:
         raise KodeError(f"{printable(port)} is not a serial port of yours, and was not used",
                         "UTM may still tell the device of an earlier run: stop and start the machine.")
     with contextlib.suppress(termios.error):
-        tty.setraw(line)                # or the line would echo what it is sent
+        tty.setraw(line, termios.TCSANOW)       # or the line would echo what it is sent; what it said already stays
     return line
 
 
@@ -2110,7 +2317,7 @@ class Console:
             if self._line in readable:
                 data = self._read(self._line)
                 if data == b"":
-                    self._drain(outward)
+                    self._drain(self._sink, outward, self._piece)
                     return "closed"
                 outward += data or b""
                 if self._log is not None and data:
@@ -2121,14 +2328,14 @@ class Console:
                 found = data.find(self._escape) if self._escape and data else -1
                 inward += data[:found] if data and found >= 0 else data or b""
                 if found >= 0:
-                    self._write(self._line, inward, self.CHUNK)
+                    self._drain(self._line, inward, self.CHUNK)
                     return "escape"
             if self._line in writable and not self._write(self._line, inward, self.CHUNK):
                 return "closed"
             if self._sink in writable and not self._write(self._sink, outward, self._piece):
                 return "reader"
             if left == 0:
-                self._drain(outward)
+                self._drain(self._sink, outward, self._piece)
                 return "timeout"
 
     @staticmethod
@@ -2152,11 +2359,12 @@ class Console:
             return False
         return True
 
-    def _drain(self, outward: bytearray) -> None:
-        """What the guest said last still reaches a reader who takes it within a second."""
+    @staticmethod
+    def _drain(handle: int, data: bytearray, piece: int) -> None:
+        """What was said last still reaches a side that takes it within a second."""
         until = time.monotonic() + 1.0
-        while outward and time.monotonic() < until:
-            if select.select([], [self._sink], [], 0.1)[1] and not self._write(self._sink, outward, self._piece):
+        while data and time.monotonic() < until:
+            if select.select([], [handle], [], 0.1)[1] and not Console._write(handle, data, piece):
                 return
 
 
@@ -2176,7 +2384,8 @@ def escape_byte(text: str) -> bytes:
 
 
 class Out(Notes):
-    """Results on stdout, all else on stderr: progress as one live line per step on a terminal, as plain lines elsewhere."""
+    """Results on stdout, all else on stderr: progress as one live line per step on a terminal, as plain lines
+    elsewhere."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
@@ -2187,9 +2396,11 @@ class Out(Notes):
         self._painted = 0.0
 
     def _err(self, text: str, end: str = "\n") -> None:
-        with contextlib.suppress(OSError, ValueError):      # a terminal that is gone does not stop the work
+        try:
             sys.stderr.write(text + end)
             sys.stderr.flush()
+        except (OSError, ValueError):       # a terminal that is gone does not stop the work, or fail our exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def _paint(self, end: str = "") -> None:
         assert self._step
@@ -2254,6 +2465,14 @@ class Out(Notes):
         sys.stdout.write(printable(text) + "\n")
         sys.stdout.flush()
 
+    def raw(self, out: bytes, err: bytes) -> None:
+        """What a guest's command said on its two streams, as it is. Raises BrokenPipeError when nobody reads."""
+        self.end_step()
+        sys.stderr.buffer.write(err)
+        sys.stderr.flush()
+        sys.stdout.buffer.write(out)
+        sys.stdout.flush()
+
     def json(self, value: object) -> None:
         """A result for a program."""
         self.result(json.dumps(value, indent=1))
@@ -2270,7 +2489,8 @@ class Out(Notes):
         """Asks on the terminal. Raises UsageError if there is none: nothing is done unasked."""
         self.end_step()
         if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on", "Add -y to go ahead without a question.")
+            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
+                             "Add -y to go ahead without a question.")
         self._err(f"{printable(question)} [y/N] ", "")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -2297,16 +2517,17 @@ class Command(NamedTuple):
     run: Callable[[Context, Arguments], int]
     options: tuple[Option, ...]
     aliases: tuple[str, ...]
+    hidden: bool
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str, *options: Option, aliases: Sequence[str] = ()) -> \
+def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False) -> \
         Callable[[Callable[[Context, Arguments], int]], Callable[[Context, Arguments], int]]:
     """Enters a function in the command table; the first line of its docstring is its help."""
     def enter(run: Callable[[Context, Arguments], int]) -> Callable[[Context, Arguments], int]:
-        COMMANDS[name] = Command(run, options, tuple(aliases))
+        COMMANDS[name] = Command(run, options, tuple(aliases), hidden)
         return run
     return enter
 
@@ -2385,7 +2606,6 @@ def lend_terminal(argv: Sequence[str]) -> int:
 
 def become(argv: Sequence[str]) -> NoReturn:
     """Replaces this process with ssh. The locks fall with the exec: their handles are not inherited."""
-    sys.stdout.flush()
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)       # Python ignores them, and that would be inherited
     try:
@@ -2395,7 +2615,8 @@ def become(argv: Sequence[str]) -> NoReturn:
 
 
 def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str], report: Callable[[str], None]) -> int:
-    """Does one thing to several machines, WIDTH at a time; a line for each as it is done, and the first failure's status."""
+    """Does one thing to several machines, WIDTH at a time; a line for each as it is done, and the first failure's
+    status."""
     if len(labels) == 1:
         report(work(labels[0]))
         return 0
@@ -2453,7 +2674,8 @@ def wishes_of(opts: Arguments) -> Wishes:
     if opts.rm and opts.fresh:
         raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself")
     if opts.detach and opts.rest is not None:
-        raise UsageError("--detach and a command exclude each other", "Start it first, then: kodemachine LABEL -- command")
+        raise UsageError("--detach and a command exclude each other",
+                         "Start it first, then: kodemachine LABEL -- command")
     return Wishes(opts.base, opts.cpus, opts.memory, opts.disposable, opts.gui, opts.timeout, opts.rm, True, opts.bare)
 
 
@@ -2475,6 +2697,8 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     labels = chosen(ctx, opts)
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
+    if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
+        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on")
     if len(labels) > 1:
         def start(label: str) -> str:
             with ctx.manager.holding(label):
@@ -2495,7 +2719,7 @@ def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM
     """The machine of that label, up and answering, and its address."""
     if opts.fresh:
         make_room(ctx, label, wishes, opts)
-    vm, _, call = ctx.manager.obtain(label, wishes)
+    vm, call = ctx.manager.obtain(label, wishes)
     address = ctx.manager.bring_up(vm, label, wishes, call)
     if opts.repin:
         repin(ctx, vm, label, opts)
@@ -2543,7 +2767,7 @@ def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int
     manager = ctx.manager
     with contextlib.ExitStack() as stack:
         with manager.holding(label):
-            vm, _, _ = manager.obtain(label, wishes)
+            vm, _ = manager.obtain(label, wishes)
             stack.enter_context(manager.session_lock(vm))
             stack.callback(throw_out, ctx, vm, label)
             address = manager.bring_up(vm, label, wishes)
@@ -2574,8 +2798,100 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     label = ctx.manager.label(opts.label)
     wishes = Wishes(gui=opts.gui, timeout=opts.timeout, may_clone=False)
     with ctx.manager.holding(label):
-        vm, _, call = ctx.manager.obtain(label, wishes)
+        vm, call = ctx.manager.obtain(label, wishes)
         hand_over(ctx, vm, ctx.manager.bring_up(vm, label, wishes, call), opts)
+
+
+@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"))
+def cmd_exec(ctx: Context, opts: Arguments) -> int:
+    """run a command as root through the guest agent, without network or ssh"""
+    if not opts.rest:
+        raise UsageError("exec needs a command after --",
+                         f"Such as: kodemachine exec {printable(opts.label)} -- ip addr")
+    if opts.input and sys.stdin.isatty():
+        raise UsageError("--input takes a file or a pipe, not a terminal",
+                         f"For a terminal: kodemachine ssh {printable(opts.label)}")
+    vm = ctx.manager.find(ctx.manager.label(opts.label))
+    if vm.power is not Power.STARTED:
+        raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {opts.label}")
+    code, out, err = vm.run(opts.rest, 0 if opts.input else None)
+    ctx.out.raw(out, err)
+    return code
+
+
+@command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
+         option("-r", action="store_true", dest="recursive", help="whole folders"))
+def cmd_cp(ctx: Context, opts: Arguments) -> int:
+    """copy files to, from and between running machines"""
+    if len(opts.paths) < 2:
+        raise UsageError("cp needs a source and a destination", "Such as: kodemachine cp notes.txt project-alpha:")
+    labels, operands = [], []
+    for path in opts.paths:
+        host, colon, rest = path.partition(":")
+        if colon and "/" not in host:
+            labels.append(ctx.manager.label(host))
+            path = f"{ctx.manager.settings.prefix}{labels[-1]}:{rest}"
+        operands.append(path)
+    if not labels:
+        raise UsageError("none of these paths is in a machine", "Such as: kodemachine cp notes.txt project-alpha:")
+    for label in dict.fromkeys(labels):
+        with ctx.manager.holding(label):
+            ctx.manager.running(label)      # says at once, and in our words, what scp could only guess
+    ctx.out.end_step()
+    become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.name_options()), "--", *operands])
+
+
+@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"))
+def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
+    """what lets ssh, scp, rsync, git and editors use machines by name"""
+    lines = [f"Host {ctx.manager.settings.prefix}*"] + [f"  {key} {value}" for key,
+                                                        value in ctx.manager.name_options().items()]
+    stanza = "".join(line + "\n" for line in lines)
+    ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
+    include = f'Include "{ours}"'
+    if not opts.install:
+        ctx.out.result(stanza.rstrip())
+        ctx.out.note("Paste this before the first Host line of ~/.ssh/config, or: kodemachine ssh-config --install")
+        return 0
+    theirs = os.path.expanduser("~/.ssh/config")
+    try:
+        before = read_text(theirs) or ""
+    except OSError as failure:
+        raise KodeError(f"{theirs}: {failure.strerror}") from None
+    write_file(ours, stanza)
+    if include not in before.splitlines():
+        if before:
+            write_file(theirs + ".before-kodemachine", before)
+        write_file(os.path.realpath(theirs), f"{include}\n\n{before}")
+    ctx.out.note(f"ssh {ctx.manager.settings.prefix}LABEL works now ({ours}, included in ~/.ssh/config)")
+    return 0
+
+
+@command("proxy", option("name", help="the machine's name, with the prefix"), hidden=True)
+def cmd_proxy(ctx: Context, opts: Arguments) -> int:
+    """for ssh's ProxyCommand: connect to a running machine by name"""
+    import socket
+
+    label = ctx.manager.label_of(opts.name)
+    if label is None:
+        raise NotFound(f"{printable(opts.name)} is no machine's name")
+    with ctx.manager.holding(label):
+        vm, address = ctx.manager.running(label)
+    try:
+        connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
+    except OSError as failure:
+        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}") from None
+    with connection:
+        connection.setblocking(True)
+        if stat.S_ISSOCK(os.fstat(1).st_mode):      # ProxyUseFdpass: ssh takes the socket itself
+            with socket.socket(fileno=os.dup(1)) as ssh:
+                socket.send_fds(ssh, [b"\0"], [connection.fileno()])
+            return 0
+        connection.setblocking(False)
+        console = Console(connection.fileno(), 0, 1, b"", None)
+        console.relay(None)
+        console.close()
+    return 0
 
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
@@ -2652,9 +2968,15 @@ def installation_facts(ctx: Context) -> dict[str, Any]:
         base = None
         ctx.out.warn(failure.message)
     states = [row.power.value for row in manager.clones(rows)]
-    return {"version": __version__, "utm": version.out.strip() if version.outcome is Outcome.DONE else None,
-            "utmctl": manager.utm.path(), "image": base, "machines": {state: states.count(state) for state in dict.fromkeys(states)},
-            "config": ctx.config.path, "state": manager.state.folder}
+    return {
+        "version": __version__,
+        "utm": version.out.strip() if version.outcome is Outcome.DONE else None,
+        "utmctl": manager.utm.path(),
+        "image": base,
+        "machines": {state: states.count(state) for state in dict.fromkeys(states)},
+        "config": ctx.config.path,
+        "state": manager.state.folder,
+    }
 
 
 @command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest tells"),
@@ -2686,7 +3008,8 @@ def cmd_attach(ctx: Context, opts: Arguments) -> int:
         raise WrongState(f"{vm.name} is {vm.power.value}; only a running machine has a console",
                          f"Start it: kodemachine start -d {opts.label}")
     port = vm.serial_port(opts.index)
-    with ctx.manager.state.lock("serial-" + re.sub(r"[^A-Za-z0-9.]+", "-", port), 0.0, wait=False):
+    name = "serial-" + re.sub(r"[^A-Za-z0-9.]+", "-", port)
+    with ctx.manager.state.lock(name, 0.0, wait=False, what=f"the console of {vm.name}"):
         line = open_line(port)
         try:
             return run_console(ctx, vm, line, escape, opts)
@@ -2702,7 +3025,8 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
         ctx.out.note(f"--- console of {vm.name}; {leave} ---")
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(0)
-            ctx.out.note(f"--- a serial line knows no window size; in the guest: stty rows {size.lines} cols {size.columns} ---")
+            fitting = f"stty rows {size.lines} cols {size.columns}"
+            ctx.out.note(f"--- a serial line knows no window size; in the guest: {fitting} ---")
     try:
         log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
     except OSError as failure:
@@ -2729,7 +3053,8 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
     def stop(label: str) -> str:
         with ctx.manager.holding(label):
-            done = ctx.manager.stop(label, opts.timeout or ctx.manager.settings.stop_timeout, force=opts.force, kill=opts.kill)
+            done = ctx.manager.stop(label, opts.timeout or ctx.manager.settings.stop_timeout, force=opts.force,
+                                    kill=opts.kill)
         return f"{label} {done}"
     labels = chosen(ctx, opts, lambda row: row.power is not Power.STOPPED)
     ctx.out.step(f"stopping {', '.join(labels)}" if labels else "nothing to stop")
@@ -2752,11 +3077,13 @@ def cmd_resume(ctx: Context, opts: Arguments) -> int:
     def resume(label: str) -> str:
         with ctx.manager.holding(label):
             return f"{label} {ctx.manager.resume(label)}"
-    labels = chosen(ctx, opts, lambda row: row.power is Power.PAUSED or bool(ctx.manager.record_of(row.uuid).get("saved")))
+    labels = chosen(ctx, opts,
+                    lambda row: row.power is Power.PAUSED or bool(ctx.manager.record_of(row.uuid).get("saved")))
     return each(ctx, labels, resume, ctx.out.note) if labels else 0
 
 
-@command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"), aliases=["rm"])
+@command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"),
+         aliases=["rm"])
 def cmd_delete(ctx: Context, opts: Arguments) -> int:
     """delete machines, and say what that freed"""
     def delete(label: str) -> str:
@@ -2809,20 +3136,26 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
     manager, out = ctx.manager, ctx.out
     records = manager.state.records()
     rows, unknown, in_between = [], 0, False
-    for row in manager.clones(manager.utm.rows()):
+    listed = manager.utm.rows()
+    names = [row.name for row in listed]
+    for row in manager.clones(listed):
         record = records.get(row.uuid, {})
-        image, age = record.get("image") or {}, age_of(record.get("created"))
-        if (opts.older_than and age is None) or (opts.image and not image):
+        image, age = record.get("image"), age_of(record.get("created"))
+        origin = image.get("name") if isinstance(image, dict) else None
+        if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
             unknown += 1
-        elif (opts.older_than and age is not None and age < opts.older_than) or (opts.image and image.get("name") != opts.image):
+        elif (opts.older_than is not None and age is not None and age < opts.older_than) or opts.image not in (None,
+                                                                                                               origin):
             continue
-        elif row.power is Power.STOPPED and (opts.all or not record.get("saved")):
-            rows.append(row)
-        elif row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row)):
+        elif names.count(row.name) > 1:
+            out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
+            in_between = True
+        elif (row.power is Power.STOPPED and (opts.all or not record.get("saved"))) or \
+                (row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row))):
             rows.append(row)
         elif row.power is Power.STOPPED:
             out.note(f"{row.name} left: it has a saved session (--all takes it, too)")
-        elif opts.all or row.power not in (Power.STARTED, Power.PAUSED):
+        elif opts.all or row.power is Power.UNKNOWN:
             out.note(f"{row.name} left: it is {row.power.value}")
             in_between = True
     if unknown:
@@ -2863,7 +3196,7 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
     gained = max(0, after - before)
     ctx.out.note(f"the volume gained {size_text(gained)}")
     if gained < promised * 0.9 and sys.platform == "darwin":
-        ctx.out.note("Less than promised: local Time Machine snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
+        ctx.out.note("Less than promised: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
@@ -2882,7 +3215,8 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
         if opts.key and opts.key not in values:
             raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
         for key in [opts.key] if opts.key else values:
-            text = values[key] if isinstance(values[key], str) else "" if values[key] is None else json.dumps(values[key])
+            text = values[key] if isinstance(values[key],
+                                             str) else "" if values[key] is None else json.dumps(values[key])
             ctx.out.result(text if opts.key else f"{key} = {text}")
     return 0
 
@@ -2926,10 +3260,11 @@ def build_parser() -> Parser:
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--config", metavar="FILE", help="another configuration file")
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
     for name, entry in COMMANDS.items():
         text = (entry.run.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(name, aliases=list(entry.aliases), help=text, description=text, allow_abbrev=False)
+        listed: dict[str, Any] = {} if entry.hidden else {"help": text}
+        sub = commands.add_parser(name, aliases=list(entry.aliases), description=text, allow_abbrev=False, **listed)
         for names, how in entry.options:
             sub.add_argument(*names, **how)
         sub.set_defaults(run=entry.run)
@@ -2972,7 +3307,7 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     if opts.command is None:
         build_parser().print_help()
         return 0
-    if rest is not None and opts.command not in ("start", "ssh"):
+    if rest is not None and opts.command not in ("start", "ssh", "exec"):
         raise UsageError(f"{opts.command} takes no command after --")
     config = Config(os.path.abspath(opts.config) if opts.config else config_path())
     if opts.config and not os.path.exists(config.path):

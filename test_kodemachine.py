@@ -12,15 +12,22 @@ KODEMACHINE_NO_SKIP=1 turns a skipped test into a failure.
 from __future__ import annotations
 
 import argparse
+import ast
+import base64
 import contextlib
+import ctypes
+import faulthandler
 import fcntl
 import functools
+import hashlib
 import inspect
+import itertools
 import json
 import os
 import plistlib
 import pwd
 import py_compile
+import random
 import re
 import select
 import selectors
@@ -28,14 +35,24 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
+import string
 import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
+import tty
+import types
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
+
+import kodemachine
+from kodemachine import KodeError, Power, Reply
+from kodemachine import Outcome as Verdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KODEMACHINE = os.path.join(HERE, "kodemachine.py")
@@ -1013,6 +1030,20 @@ class Osascript(Tool):
         self.say("".join(f"{value}\n" for value in (vm["name"], vm["memory"], vm["cpus"], *vm["macs"])))
 
 
+def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
+    """For the demo, where there may be no sshd: becomes a shell in the guest's folder, with the guest's programs."""
+    name = next(word.partition("=")[2] for word in argv if word.startswith("HostKeyAlias="))
+    command = " ".join(argv[argv.index("--") + 2 :])
+    with utm:
+        vm = utm.find(name)
+        assert vm, name
+        guest = Guest(utm, vm["uuid"])
+        label = open(guest.file("/etc/hostname")).read().strip()  # noqa: SIM115 (the exec closes it)
+    os.chdir(guest.file("/home"))
+    env = {"PATH": guest.root + "/bin", "HOME": os.getcwd(), "PS1": f"you@{label}:~$ ", "TERM": "dumb", "ENV": ""}
+    os.execve("/bin/sh", ["sh", "-c", guest.inside(command)] if command else ["sh", "-i"], env)
+
+
 def fake_main(tool: str, folder: str) -> int:
     """The fake program `tool`: Utmctl or Osascript, or the real ssh or scp with the test's configuration."""
     utm, argv = FakeUTM(folder), sys.argv[1:]
@@ -1021,6 +1052,8 @@ def fake_main(tool: str, folder: str) -> int:
     stdin = "null" if null else "tty" if os.isatty(0) else "other"
     utm.journal(time=time.time(), tool=tool, argv=argv, verb=program.verb, stdin=stdin)
     if tool in ("ssh", "scp"):
+        if not os.path.exists(utm.path(tool + ".real")):
+            imitate_ssh(utm, argv)
         with open(utm.path(tool + ".real"), encoding="utf-8") as file:
             real = file.read()
         os.execv(real, [real, "-F", utm.path("ssh_config"), *argv])
@@ -1033,7 +1066,7 @@ def fake_main(tool: str, folder: str) -> int:
     return status
 
 
-FAKE_PARTS = (Refused, Exit, FakeUTM, Guest, Tool, Utmctl, Osascript, fake_main)
+FAKE_PARTS = (Refused, Exit, FakeUTM, Guest, Tool, Utmctl, Osascript, imitate_ssh, fake_main)
 
 # ---- the tests' side
 
@@ -1280,12 +1313,16 @@ class Sshd:
         """The reason why it cannot run here, if there is one."""
         if not Sshd.program() or not shutil.which("ssh-keygen"):
             return "no sshd here"
-        for host in hosts:
-            with socket.socket() as probe:
-                try:
-                    probe.bind((host, 0))
-                except OSError:
-                    return f"this machine has no address {host}"
+        return next(filter(None, map(Sshd.why_not_bind, hosts)), "")
+
+    @staticmethod
+    def why_not_bind(host: str) -> str:
+        """The reason why nothing can listen at an address, if there is one."""
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, 0))
+            except OSError:
+                return f"this machine has no address {host}"
         return ""
 
     def __init__(self, folder: str, hosts: Sequence[str]) -> None:
@@ -1495,8 +1532,8 @@ class Case(unittest.TestCase):
     # The product's own patience, in seconds, as it is in tests: what it waits for here comes at once or never.
     PATIENCE = {
         "WARM_UP": 0.6, "SETTLE": 0.8, "UNCHANGED": 0.4, "ASK_AGAIN": 0.4, "PRESS_AGAIN": 0.6, "FORCE_STAGE": 2.0,
-        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 6.0,
-        "LIMITS": {"list": 2.0, "status": 2.0, "ip-address": 2.0, "attach": 2.0, "start": 2.0, "stop": 2.0,
+        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 4.0,
+        "LIMITS": {"list": 3.0, "status": 2.0, "ip-address": 2.0, "attach": 2.0, "start": 2.0, "stop": 2.0,
                    "suspend": 2.0, "delete": 5.0, "exec": 5.0, "osascript": 2.0},
     }  # fmt: skip
     LAUNCH = (
@@ -2083,7 +2120,3971 @@ class SurroundingsTest(Case):
         self.assertEqual(terminal.wait(), -signal.SIGINT)
 
 
+# ---- pure functions
+
+UUID_A, UUID_B = "AAAAAAAA-0000-4000-8000-00000000000A", "BBBBBBBB-0000-4000-8000-00000000000B"
+OTHER_TONGUES = "".join("Error from event: " + Utmctl.ERRORS[tongue].format(-609) + "\n" for tongue in ("de", "ja"))
+
+
+def host_key(kind: str = "ssh-ed25519", inside: str = "") -> str:
+    """A well-formed public key; `inside` is the type within it, where that is another."""
+    name = (inside or kind).encode()
+    return f"{kind} {base64.b64encode(len(name).to_bytes(4, 'big') + name + bytes(36)).decode()}"
+
+
+class PureTest(unittest.TestCase):
+    """What reads the words of the outside, and what writes for a person."""
+
+    def test_errors_are_known_by_their_numbers_in_any_language(self) -> None:
+        table: list[tuple[str, tuple[int, ...]]] = [
+            ("", ()),
+            (EVENT.format(-1712), (-1712,)),
+            (OTHER_TONGUES, (-609, -609)),
+            (EVENT.format(-600) + EVENT.format(-2700) + "Fehler (OSStatus error -1.)\n", (-600, -2700)),
+            ("Error from event: something new\n", (0,)),
+            ("guest: Error from event: (OSStatus error -1743.)\n", ()),
+        ]
+        for err, numbers in table:
+            with self.subTest(err):
+                self.assertEqual(kodemachine.event_numbers(err), numbers)
+
+    def test_the_outcome_of_a_call_follows_from_its_numbers_and_its_end(self) -> None:
+        missing_app = "Can't find app with file path /Applications/UTM.app\nError: Application not found.\n"
+        script = "0:0: execution error: UTM got an error: {} ({})\n"
+        table = [
+            ("start", 0, "", Verdict.DONE),
+            ("start", 0, OTHER_TONGUES, Verdict.TRANSIENT),
+            *(("clone", 0, EVENT.format(n), Verdict.TRANSIENT) for n in (-1712, -10004, -609, -600, -10000, -12345)),
+            ("list", 0, EVENT.format(-1743) + EVENT.format(-2700), Verdict.REFUSED),
+            ("start", 0, EVENT.format(-609) + EVENT.format(-2700) + "Operation not available.\n", Verdict.FAILED),
+            ("status", 0, EVENT.format(-1728), Verdict.MISSING),
+            ("status", 1, NOT_FOUND, Verdict.MISSING),
+            ("status", 1, "Error: something else\n", Verdict.FAILED),
+            ("list", 1, missing_app, Verdict.NO_APP),
+            ("version", 64, "Error: Unexpected argument 'version'\nUsage: ...\n", Verdict.USAGE),
+            ("list", -signal.SIGTRAP, "", Verdict.CRASHED),
+            ("list", 134, "", Verdict.CRASHED),
+            ("exec", 134, "", Verdict.DONE),
+            ("exec", 3, "sh: no such file\n", Verdict.DONE),
+            ("exec", 0, EVENT.format(-1712), Verdict.TRANSIENT),
+            ("exec", -signal.SIGTRAP, EVENT.format(-2700), Verdict.CRASHED),
+            ("osascript", 0, "(-1743)", Verdict.DONE),
+            ("osascript", 1, script.format("Nicht erlaubt.", -1743), Verdict.REFUSED),
+            ("osascript", 1, script.format("タイムアウト", -1712), Verdict.TRANSIENT),
+            ("osascript", 1, script.format("Geht nicht.", -2700), Verdict.FAILED),
+            ("osascript", 1, script.format("weg", -1728), Verdict.MISSING),
+            ("osascript", 1, "dyld: broken\n", Verdict.FAILED),
+            ("osascript", -signal.SIGABRT, "", Verdict.CRASHED),
+        ]
+        for verb, code, err, outcome in table:
+            with self.subTest(verb=verb, code=code, err=err):
+                self.assertIs(kodemachine.classify(verb, code, err)[0], outcome)
+
+    def test_a_list_is_read_by_columns(self) -> None:
+        rows = [(UUID_A, Power.STARTED, "a  name with blanks "), (UUID_B, Power.UNKNOWN, "日本\u2028\x0c語")]
+        text = Utmctl.HEADER + f"{UUID_A} started  a  name with blanks \n{UUID_B} sleeping 日本\u2028\x0c語\n"
+        self.assertEqual(kodemachine.parse_list(text), (rows, True))
+        self.assertEqual(kodemachine.parse_list(Utmctl.HEADER), ([], True))
+        row = f"{UUID_A} stopped  a\n"
+        for broken in (
+            "",
+            row,
+            "garbage\n" + row,
+            Utmctl.HEADER + "garbage\n",
+            Utmctl.HEADER + " " * 36 + " unknown  \n",
+            Utmctl.HEADER + row.lower(),
+            Utmctl.HEADER + row + row,
+            Utmctl.HEADER + row + "\n",
+            Utmctl.HEADER + f"{UUID_A} stopped  \n",
+        ):
+            with self.subTest(broken):
+                self.assertFalse(kodemachine.parse_list(broken)[1])
+
+    def test_a_list_is_whole_or_at_least_names_every_machine_or_is_not_to_be_believed(self) -> None:
+        good, unknown, blank = f"{UUID_A} stopped  a\n", f"{UUID_B} unknown  b\n", " " * 36 + " unknown  \n"
+        table = [
+            (good, 0, Verdict.DONE, True, True),
+            ("", 0, Verdict.DONE, True, True),
+            ("", 1, Verdict.TRANSIENT, False, False),
+            (good + unknown, 1, Verdict.TRANSIENT, False, True),
+            (good + unknown, 2, Verdict.TRANSIENT, False, False),
+            (good, 1, Verdict.TRANSIENT, False, False),
+            (good + blank, 1, Verdict.TRANSIENT, False, False),
+            (good + unknown, 1, Verdict.HUNG, False, False),
+            (good, 0, Verdict.CRASHED, False, False),
+        ]
+        for rows, errors, outcome, whole, named in table:
+            with self.subTest(rows=rows, errors=errors, outcome=outcome):
+                listing = kodemachine.judge_list(Reply(outcome, 0, Utmctl.HEADER + rows, "", (-1712,) * errors, 0.0))
+                self.assertEqual((listing.whole, listing.named), (whole, named))
+
+    def test_the_likeliest_address_comes_first(self) -> None:
+        ranked = [["192.168.64.5", "10.0.0.1", "172.16.0.9", "172.32.0.1", "100.63.0.1", "100.128.0.1"],
+                  ["fd00::5", "2001:db8::1"], ["172.17.0.1", "172.31.9.9", "100.64.0.1", "100.127.255.1"],
+                  ["127.0.0.2", "169.254.1.1", "fe80::5054:ff:fe12:3456"]]
+        for rank, addresses in enumerate(ranked):
+            for address in addresses:
+                with self.subTest(address):
+                    self.assertEqual(kodemachine.address_rank(address), rank)
+        everything = list(itertools.chain(*ranked))
+        self.assertEqual(
+            kodemachine.parse_addresses("\n".join(sorted(everything, key=kodemachine.address_rank))), everything
+        )
+        self.assertEqual(kodemachine.parse_addresses("fe80::1\n172.17.0.1\n10.0.0.1\n10.0.0.1\n"),
+                         ["10.0.0.1", "172.17.0.1", "fe80::1"])
+
+    def test_what_is_no_address_is_left_out(self) -> None:
+        for line in (
+            "",
+            "localhost",
+            "1.2.3",
+            "1.2.3.4.5",
+            "999.1.1.1",
+            "-oProxyCommand=x",
+            "10.0.0.1 x",
+            "::::",
+            "1:2",
+            "fe80::1%en0",
+            "１.2.3.4",
+        ):
+            with self.subTest(line):
+                self.assertEqual(kodemachine.parse_addresses(line + "\n"), [])
+
+    def test_a_guest_cannot_smuggle_anything_into_known_hosts(self) -> None:
+        good = host_key()
+        kinds = [host_key(kind) for kind in ("ssh-rsa", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp521")]
+        self.assertEqual(kodemachine.parse_host_keys([good, good + " root@guest", *kinds]), [good, good, *kinds])
+        hostile = [
+            "",
+            "@revoked * " + good,
+            "@cert-authority * " + good,
+            "* " + good,
+            " " + good,
+            good.replace(" ", "  "),
+            good + "\nevil " + good,
+            good + "\r",
+            good + "!",
+            good[:-3],
+            host_key(inside="ssh-rsa"),
+            host_key("ssh-dss"),
+            'command="x" ' + good,
+            "ssh-ed25519 " + "A" * 4000,
+            "ssh-ed25519 AAAA",
+        ]
+        for line in hostile:
+            with self.subTest(line):
+                self.assertEqual(kodemachine.parse_host_keys([line]), [])
+        self.assertEqual(len(kodemachine.parse_host_keys([good] * 1000)), 8)
+
+    def test_one_edit_is_an_insertion_a_removal_a_change_or_a_swap(self) -> None:
+        def edits(word: str) -> set[str]:
+            splits = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+            return {*(a + c + b for a, b in splits for c in "abc"), *(a + b[1:] for a, b in splits if b),
+                    *(a + c + b[1:] for a, b in splits if b for c in "abc"),
+                    *(a + b[1] + b[0] + b[2:] for a, b in splits if len(b) > 1)} - {word}
+
+        words = ["".join(letters) for size in range(5) for letters in itertools.product("abc", repeat=size)]
+        for word in words:
+            self.assertEqual([other for other in words if kodemachine.one_edit(word, other)],
+                             [other for other in words if other in edits(word)], word)
+
+    def test_sizes_and_ages_are_read_and_written_as_people_do(self) -> None:
+        sizes = {
+            "4G": 4 << 30,
+            "512M": 512 << 20,
+            "2048": 2048 << 20,
+            "1.5g": 3 << 29,
+            "1 GiB": 1 << 30,
+            "2TB": 2 << 40,
+        }
+        for text, size in sizes.items():
+            self.assertEqual(kodemachine.parse_size(text), size, text)
+        for text, age in {"90s": 90, "30m": 1800, "12h": 43200, "7d": 604800, "2w": 1209600, "1.5h": 5400}.items():
+            self.assertEqual(kodemachine.parse_age(text), age, text)
+        for text in ("", "x", "-1", "1e9", "4X", "G", "1.2.3", "inf", "nan", "4 4", "9" * 400 + "G", "9" * 400 + "d"):
+            for parse in (kodemachine.parse_size, kodemachine.parse_age):
+                self.assertRaises(ValueError, parse, text)
+        written = {None: "-", 0: "0B", 999: "999B", 512 << 20: "512M", 4.2 * (1 << 30): "4.2G", 1 << 60: "1048576T"}
+        for number, text in written.items():
+            self.assertEqual(kodemachine.size_text(None if number is None else int(number)), text)
+        for seconds, text in {None: "-", 5: "5s", 59: "59s", 60: "1m", 3600: "1h", 172799: "47h", 172800: "2d"}.items():
+            self.assertEqual(kodemachine.age_text(seconds), text)
+        self.assertIsNone(kodemachine.age_of("yesterday"))
+        self.assertEqual(kodemachine.age_of("2999-01-01T00:00:00Z"), 0)
+        self.assertLess(kodemachine.age_of(kodemachine.iso_time(time.time())) or 0, 60)
+
+    def test_a_table_gives_up_its_expendable_columns_until_it_fits(self) -> None:
+        def fitted(width: int | None) -> list[str]:
+            return kodemachine.table(
+                ["NAME", "X", "LONG"], [["a", "bb", "cccccccc"], ["", "-", "d"]], width, ["LONG", "X"]
+            ).split("\n")
+
+        whole = ["NAME  X   LONG", "a     bb  cccccccc", "      -   d"]
+        self.assertEqual(fitted(None), whole)
+        self.assertEqual(fitted(18), whole)
+        self.assertEqual(fitted(17), ["NAME  X", "a     bb", "      -"])
+        self.assertEqual(fitted(1), ["NAME", "a", ""])
+
+    def test_nothing_printed_can_command_a_terminal(self) -> None:
+        self.assertEqual(kodemachine.printable("é日\n"), "é日\n")
+        for c in "\x1b\x07\r\x00\x9b\u202e\u2028\ud800":
+            self.assertEqual(kodemachine.printable(f"a{c}b"), "a\ufffdb")
+
+    def test_an_escape_key_is_named_in_several_ways(self) -> None:
+        keys = {"ctrl-]": b"\x1d", "^]": b"\x1d", "Ctrl-A": b"\x01", "^_": b"\x1f", "~": b"~", "none": b""}
+        for text, octets in keys.items():
+            self.assertEqual(kodemachine.escape_byte(text), octets, text)
+        for text in ("", "ctrl-", "ctrl-1", "é", "ab"):
+            self.assertRaises(kodemachine.UsageError, kodemachine.escape_byte, text)
+
+    def test_an_address_of_ours_is_local_and_of_one_machine(self) -> None:
+        made = {kodemachine.random_mac() for _ in range(200)}
+        self.assertEqual(len(made), 200)
+        for mac in made:
+            self.assertRegex(mac, kodemachine.MAC)
+            self.assertEqual(int(mac[:2], 16) & 3, 2)
+
+    def test_no_input_makes_a_parser_fail_in_another_way_than_it_says(self) -> None:
+        draw = random.Random(2)
+        pieces = [
+            Utmctl.HEADER,
+            UUID_A,
+            UUID_B,
+            " started  ",
+            " unknown  ",
+            "\n",
+            "\0",
+            "\x1b[",
+            "ssh-ed25519 ",
+            host_key(),
+            "10.0.0.1",
+            "fe80::",
+            EVENT.format(-1743),
+            OTHER_TONGUES,
+            NOT_FOUND,
+            "(-",
+            "-1743",
+            "=",
+            "é",
+            "\udc80",
+            "9" * 400,
+            "9" * 400 + "G",
+            *string.printable,
+        ]
+        parsers: list[Callable[[str], object]] = [
+            kodemachine.parse_list,
+            kodemachine.parse_addresses,
+            kodemachine.event_numbers,
+            kodemachine.printable,
+            kodemachine.parse_size,
+            kodemachine.parse_age,
+            kodemachine.age_of,
+            kodemachine.escape_byte,
+            lambda text: kodemachine.parse_host_keys(text.split("\n")),
+            lambda text: kodemachine.classify("start", draw.choice([0, 1, 64, -5]), text),
+            lambda text: kodemachine.classify("osascript", draw.choice([0, 1, -6]), text),
+            lambda text: Reply(Verdict.DONE, 0, "", text, (), 0.0).sentence,
+        ]
+        for _ in range(1500):
+            text = "".join(draw.choices(pieces, k=draw.randrange(12)))
+            for parse in parsers:
+                with self.subTest(text=text), contextlib.suppress(KodeError, ValueError):
+                    parse(text)
+
+
+# ---- the spawn
+
+
+class Greeter:
+    """Greets as an SSH server does, and hangs up; on some addresses, at one port."""
+
+    def __init__(self, hosts: Sequence[str], greeting: bytes = b"SSH-2.0-test\r\n", port: int = 0) -> None:
+        self._greeting, self.port = greeting, port
+        self._wake, self._woken = socket.socketpair()
+        self._listeners = [self._listen(host) for host in hosts]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _listen(self, host: str) -> socket.socket:
+        listener = socket.create_server((host, self.port), backlog=100)
+        self.port = listener.getsockname()[1]
+        return listener
+
+    def _serve(self) -> None:
+        while True:
+            ready = select.select([self._woken, *self._listeners], [], [])[0]
+            if self._woken in ready:
+                return
+            for listener in ready:
+                with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                    connection.sendall(self._greeting)
+
+    def close(self) -> None:
+        self._wake.send(b"x")
+        self._thread.join()
+        for end in (self._wake, self._woken, *self._listeners):
+            end.close()
+
+
+class SpawnCase(Case):
+    """With an image, and guests that greet as SSH servers do."""
+
+    GREETERS = 1            # addresses that greet
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.base = self.image()
+        self.uses: dict[str, Any] = {}
+        self.greet()
+
+    def greet(self) -> None:
+        addresses = self.utm.app()["addresses"][:self.GREETERS]
+        try:
+            greeter = Greeter(addresses)
+        except OSError:                         # a Mac has but this one
+            if self.GREETERS > 1:
+                self.skipTest(f"this machine has no addresses {addresses}")
+            addresses = ["127.0.0.1"]
+            self.utm.option(addresses=addresses)
+            greeter = Greeter(addresses)
+        self.addCleanup(greeter.close)
+        self.address = addresses[0]
+        self.use(ssh_port=greeter.port)
+
+    def use(self, **settings: Any) -> None:
+        """Adds to config.json."""
+        self.uses.update(settings)
+        self.config(**self.uses)
+
+    def remove(self, name: str) -> None:
+        """Deletes a machine in UTM's own window."""
+        with self.utm.fake as utm:
+            vm = utm.find(name)
+            assert vm
+            utm.remove(vm["uuid"])
+
+    def spawn(self, *args: str, code: int = 0, patience: dict[str, Any] | None = None) -> Result:
+        """Runs kodemachine (`start -d alpha` unless told otherwise), expects that exit status and no process left."""
+        result = self.run_program(self.command(*(args or ("start", "-d", "alpha")), patience=patience))
+        self.assertEqual(result.code, code, result.err)
+        self.assertNotIn("Traceback", result.err)
+        if code == 0 and not args:
+            self.assertEqual(result.out, self.address + "\n")
+        self.assertNoChildrenLeft()
+        return result
+
+    def assert_machines(self, *names: str) -> None:
+        """Beside the image there are these."""
+        self.assertEqual(sorted(self.utm.names()), sorted(["kodeimage-v0.2.0", *names]))
+
+    def steps(self) -> list[str]:
+        """What was called for, of utmctl and osascript, without repetitions."""
+        calls = sorted(self.utm.calls() + self.utm.calls(tool="osascript"), key=lambda call: float(call["time"]))
+        return [verb for verb, _ in itertools.groupby(call["verb"] for call in calls)]
+
+    def script(self, *lines: str) -> str:
+        """A utmctl of the test's own, configured; returns its path."""
+        path = os.path.join(self.folder, "own utmctl")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(["#!/bin/sh", *lines, ""]))
+        os.chmod(path, 0o755)
+        self.use(utmctl=path)
+        return path
+
+    def files(self) -> list[str]:
+        """Every file and folder in the home."""
+        return [os.path.join(top, name) for top, folders, files in os.walk(self.home) for name in (*folders, *files)]
+
+
+class CallTest(SpawnCase):
+    """The one door to the outside."""
+
+    def test_no_call_can_read_what_is_typed(self) -> None:
+        self.assertEqual(self.km("start", "-d", "alpha", stdin="typed\n").code, 0)
+        calls = self.utm.calls() + self.utm.calls(tool="osascript")
+        self.assertGreater(len(calls), 5)
+        self.assertEqual({call["stdin"] for call in calls}, {"null"})
+
+    def test_a_hung_call_is_ended_with_all_its_children(self) -> None:
+        self.script('if [ "$1" = list ]; then "$0" child & fi', "sleep 30", "exit 0")
+        result = self.spawn(code=6, patience={"LOOK_LIMIT": 0.6, "LIMITS": {"list": 0.3}})
+        self.assertIn("UTM gave no list within", result.err)
+
+    def test_an_endless_answer_is_neither_kept_nor_waited_for(self) -> None:
+        self.script("exec cat /dev/zero")
+        self.spawn(code=6, patience={"LOOK_LIMIT": 0.6, "LIMITS": {"list": 0.3}, "MAX_ANSWER": 1 << 20})
+
+    def test_a_guest_with_a_thousand_addresses_is_still_reached(self) -> None:
+        others = [f"127.{n}.0.1" for n in range(1, 255)] + [f"fe80::{n}" for n in range(750)]
+        self.utm.add("km-alpha", ips=[self.address, *others])
+        few_files = ["/bin/sh", "-c", 'ulimit -n 200; exec "$@"', "sh", *self.command("start", "-d", "alpha")]
+        self.assertEqual(self.run_program(few_files)[:2], (0, self.address + "\n"))
+
+    def test_a_utmctl_that_keeps_crashing_is_told_from_one_that_crashed_once(self) -> None:
+        self.utm.fault("list", crash="ABRT", times=2)
+        self.spawn("list")
+        self.utm.fault("list", crash="TRAP")
+        self.assertIn(f"utmctl crashed (exit {-signal.SIGTRAP})", self.spawn("list", code=5).err)
+
+    def test_verbose_shows_each_call_with_its_outcome_and_time(self) -> None:
+        self.utm.fault("list", error=-609, times=1)
+        err = self.spawn("-v", "start", "-d", "alpha").err
+        shown = re.findall(r"^\+ (\S+) (\S+).*: (.*), exit (-?\d+), \d+\.\d\d s$", err, re.MULTILINE)
+        self.assertEqual(shown[:2], [("utmctl", "list", "transient -609", "0"), ("utmctl", "list", "done", "0")])
+        calls = self.utm.calls() + self.utm.calls(tool="osascript")
+        self.assertEqual(len(shown), len(calls))
+        self.assertIn(f"+ utmctl clone {self.base} --name km-alpha: done", err)
+        self.assertNotIn("+ ", self.spawn("start", "-d", "alpha").err)
+
+    def test_without_permission_it_stops_at_once_and_says_what_to_allow(self) -> None:
+        self.utm.fault(error=-1743, lookup=True)
+        for args in (("start", "-d", "alpha"), ("list",)):
+            before = len(self.utm.calls())
+            err = self.spawn(*args, code=5).err
+            for words in ("-1743", "Privacy & Security > Automation", "ssh session", "tccutil reset AppleEvents"):
+                self.assertIn(words, err)
+            self.assertEqual(len(self.utm.calls()), before + 1)
+
+    def test_where_utmctl_is_not_the_remedy_is_said(self) -> None:
+        self.use(utmctl=os.path.join(self.folder, "nowhere", "utmctl"))
+        self.assertIn("nowhere/utmctl", self.spawn("list", code=5).err)
+        self.uses.pop("utmctl")
+        self.use()
+        os.unlink(os.path.join(self.bin, "utmctl"))
+        self.assertIn("kodemachine config set utmctl PATH", self.spawn("list", code=5).err)
+
+    def test_utmctl_is_called_by_its_real_path(self) -> None:
+        inside = os.path.join(self.folder, "UTM.app", "Contents", "MacOS")
+        os.makedirs(inside)
+        os.rename(os.path.join(self.bin, "utmctl"), os.path.join(inside, "utmctl"))
+        os.symlink(os.path.join(inside, "utmctl"), os.path.join(self.bin, "utmctl"))
+        self.assertIn(f"utmctl:     {inside}/utmctl\n", self.spawn("status").out)
+        self.assertIn(f"{inside}/utmctl", self.processes_during_list())
+
+    def processes_during_list(self) -> str:
+        self.utm.fault("list", hang=True, times=1)
+        before = len(self.utm.calls("list"))
+        self.start_km("list")
+        wait_for(lambda: len(self.utm.calls("list")) > before)
+        return self.processes().get(self.utm.calls("list")[-1]["pid"], "")
+
+    def test_a_utmctl_that_finds_no_utm_or_is_too_old_is_named(self) -> None:
+        self.utm.fault("list", no_app=True, times=1)
+        self.assertIn("kodemachine config set utmctl PATH", self.spawn("list", code=5).err)
+        self.utm.fault(
+            "list", stderr="Error: Unexpected argument 'list'\nUsage: utmctl <subcommand>\n", status=64, times=1
+        )
+        self.assertIn("too old", self.spawn("list", code=5).err)
+
+    def test_a_utm_that_is_not_running_is_asked_again_within_the_deadline(self) -> None:
+        self.utm.fault("list", error=-600, times=2)
+        self.spawn("list")
+        self.utm.fault("list", error=-600)
+        result = self.run_program(self.command("list", patience={"LOOK_LIMIT": 0.5}))
+        self.assertEqual(result.code, 6)
+        self.assertIn("(-600)", result.err)
+
+
+class LookTest(SpawnCase):
+    """Only a clean list says that a machine is not there."""
+
+    def test_an_unreadable_list_is_never_no_machines(self) -> None:
+        self.utm.add("km-alpha")
+        faults: list[dict[str, Any]] = [
+            {"error": -1712}, {"error": -10004}, {"blank": True}, {"stdout": "garbage\n"}, {"stdout": ""},
+            {"stdout": f"{Utmctl.HEADER}{UUID_A} stopped  a\n", "stderr": EVENT.format(-1728)}, {"crash": "TRAP"},
+        ]
+        for fault in faults:
+            with self.subTest(fault):
+                self.utm.clear_faults()
+                self.utm.fault("list", **fault)
+                self.spawn("start", "-d", "beta", code=5 if "crash" in fault else 6, patience={"LOOK_LIMIT": 0.5})
+        self.assertEqual(set(self.utm.verbs()), {"list"})
+        self.assert_machines("km-alpha")
+
+    def test_while_utm_is_starting_its_machines_are_waited_for(self) -> None:
+        self.utm.add("km-alpha")
+        self.utm.option(ready_in=0.3)
+        self.assertIn("waiting whether it is just starting", self.spawn().err)
+        self.assertEqual(self.utm.calls("clone"), [])
+
+    def test_an_empty_list_is_believed_in_the_end(self) -> None:
+        self.utm.fault("list", empty=True)
+        self.assertEqual(self.spawn("list").out, "")
+        self.assertIn("there is no image to clone", self.spawn(code=3).err)
+
+    def test_two_machines_of_one_name_are_both_named_and_neither_is_touched(self) -> None:
+        twins = [self.utm.add("km-alpha"), self.utm.add("km-alpha")]
+        err = self.spawn(code=4).err
+        for uuid in twins:
+            self.assertIn(uuid, err)
+        self.assertEqual(set(self.utm.verbs()), {"list"})
+
+    def test_a_neighbour_in_an_unknown_state_stops_nobody(self) -> None:
+        self.utm.add("km-broken")
+        self.utm.fault("list", unknown=["km-broken"])
+        self.spawn()
+        self.assert_machines("km-alpha", "km-broken")
+
+    def test_a_machine_in_an_unknown_state_is_not_made_again(self) -> None:
+        self.utm.add("km-alpha")
+        self.utm.fault("list", unknown=["km-alpha"])
+        self.spawn()
+        self.assert_machines("km-alpha")
+
+
+class SpawnTest(SpawnCase):
+    """From a label to a machine that answers."""
+
+    def test_from_nothing_the_steps_are_these(self) -> None:
+        result = self.spawn()
+        uuid = self.utm.machine("km-alpha")["uuid"]
+        self.assertEqual(
+            self.steps(), ["list", "clone", "list", "addresses", "configure", "start", "status", "ip-address", "exec"]
+        )
+        argv = {call["verb"]: call["argv"] for call in self.utm.calls()}
+        self.assertEqual(argv["clone"], ["clone", self.base, "--name", "km-alpha"])
+        self.assertEqual(argv["start"], ["start", "--hide", uuid])
+        self.assertEqual(argv["exec"][:2], ["exec", uuid])
+        self.assertEqual(self.utm.machine("kodeimage-v0.2.0")["status"], "stopped")
+        for words in ("cloning", "checking the network address", "starting", "waiting for ssh", "naming the guest"):
+            self.assertEqual(result.err.count(words), 1, result.err)
+
+    def test_quiet_prints_nothing_but_the_result(self) -> None:
+        self.assertEqual(self.spawn("-q", "start", "-d", "alpha"), (0, self.address + "\n", ""))
+
+    def test_coming_back_to_a_running_machine_costs_two_calls_at_the_same_time(self) -> None:
+        self.spawn()
+        self.utm.fault("list", delay=0.3)
+        before = len(self.utm.journal())
+        self.spawn()
+        entries = self.utm.journal()[before:]
+        verbs = {entry["pid"]: entry["verb"] for entry in entries if "tool" in entry}
+        order = [("begin " if "tool" in entry else "end ") + verbs[entry["pid"]] for entry in entries]
+        self.assertEqual(sorted(order), ["begin ip-address", "begin list", "end ip-address", "end list"])
+        self.assertLess(order.index("begin ip-address"), order.index("end list"))
+
+    def test_the_address_of_a_remembered_machine_counts_only_if_the_list_shows_it(self) -> None:
+        self.spawn()
+        old = self.utm.machine("km-alpha")["uuid"]
+        self.utm.change(old, name="renamed by hand", ips=["127.0.0.9"])
+        new = self.utm.add("km-alpha", status="started", ips=[self.address])
+        before = len(self.utm.calls())
+        self.spawn()
+        calls = self.utm.calls()[before:]
+        self.assertIn(["ip-address", new], [call["argv"] for call in calls])
+        self.assertEqual({call["argv"][1] for call in calls if call["verb"] == "exec"}, {new})
+
+    def test_a_machine_is_brought_up_from_whichever_state(self) -> None:
+        table = [("paused", "", ["start"]), ("starting", "started", []), ("resuming", "started", []),
+                 ("stopping", "stopped", ["start"]), ("pausing", "paused", ["start"]), ("started", "", [])]
+        for state, then, actions in table:
+            with self.subTest(state):
+                uuid = self.utm.add("km-alpha", status=state)
+                before = len(self.utm.calls())
+                if then:
+                    with self.utm.fake as utm:
+                        utm.later(0.4, "become", uuid, state, then)
+                self.spawn()
+                verbs = [verb for verb in self.utm.verbs()[before:] if verb in ("start", "stop", "clone")]
+                self.assertEqual((verbs, self.utm.machine("km-alpha")["status"]), (actions, "started"))
+                self.remove("km-alpha")
+
+    def test_ssh_connects_but_never_clones(self) -> None:
+        self.assertIn("there is no machine alpha", self.spawn("ssh", "alpha", code=3).err)
+        self.assert_machines()
+
+    def test_gui_and_headless_false_leave_utms_window_alone(self) -> None:
+        self.spawn("start", "-d", "--gui", "alpha")
+        self.use(headless=False)
+        self.utm.option(addresses=[self.address])
+        self.utm.add("km-beta", ips=[self.address])
+        self.spawn("start", "-d", "beta")
+        self.assertEqual([call["argv"][1] for call in self.utm.calls("start")],
+                         [self.utm.machine(name)["uuid"] for name in ("km-alpha", "km-beta")])
+        self.assertFalse(self.utm.app()["keep_running"])
+
+    # -- the image
+
+    def test_the_highest_image_is_cloned_unless_another_is_named(self) -> None:
+        newest = self.image("kodeimage-v0.10.0")
+        self.image("kodeimage-v0.9.9-rc1")
+        other = self.image("my image")
+        for args, config, base in (
+            ((), None, newest),
+            (("--base", "my image"), None, other),
+            ((), "my image", other),
+            (("--base", self.base), "my image", self.base),
+            (("--base", self.base.lower()), None, self.base),
+        ):
+            with self.subTest(args=args, config=config):
+                self.use(base_image=config)
+                self.spawn("start", "-d", "alpha", *args)
+                clone = self.utm.machine("km-alpha")
+                self.assertEqual(clone["copied_from"], base)
+                self.remove("km-alpha")
+
+    def test_an_image_that_cannot_be_cloned_is_named_with_the_remedy(self) -> None:
+        self.utm.add("twin")
+        self.utm.add("twin")
+        self.utm.add("km-beta")
+        self.utm.change(self.base, status="started")
+        table = [
+            ("kodeimage-v0.2.0", 4, f"utmctl stop --request {self.base}"),
+            ("nothing", 3, "Images: kodeimage-v0.2.0"),
+            ("twin", 4, "2 machines are called twin"),
+            ("km-beta", 4, "is a clone, not an image"),
+        ]
+        for base, code, words in table:
+            with self.subTest(base):
+                self.assertIn(words, self.spawn("start", "-d", "alpha", "--base", base, code=code).err)
+        self.assertEqual(self.utm.calls("clone"), [])
+
+    def test_another_base_than_its_own_is_refused_for_an_existing_machine(self) -> None:
+        self.image("other")
+        self.spawn()
+        self.assertIn("--fresh", self.spawn("start", "-d", "alpha", "--base", "other", code=4).err)
+        self.spawn("start", "-d", "alpha", "--base", "kodeimage-v0.2.0")
+
+    # -- the network address, CPUs and memory
+
+    def test_every_network_interface_gets_an_address_of_its_own_before_the_first_start(self) -> None:
+        macs = ["AA:BB:CC:00:00:01", "AA:BB:CC:00:00:02"]
+        self.utm.change(self.base, macs=macs)
+        self.spawn()
+        self.assertEqual(self.utm.machine("kodeimage-v0.2.0")["macs"], macs)
+        self.assertEqual(len({*macs, *self.utm.machine("km-alpha")["macs"]}), 4)
+        steps = self.steps()
+        self.assertLess(steps.index("configure"), steps.index("start"))
+
+    def test_an_address_that_is_unique_stays_as_it_is(self) -> None:
+        self.utm.option(regenerate_mac=True)
+        self.spawn()
+        self.assertEqual([call["verb"] for call in self.utm.calls(tool="osascript")], ["addresses"])
+
+    def test_a_machine_that_shares_its_address_is_not_started(self) -> None:
+        table: list[tuple[str, dict[str, Any], int]] = [
+            ("addresses", {"error": -1743}, 5),
+            ("configure", {"error": -1743}, 5),
+            ("configure", {"error": -2700, "string": "No."}, 1),
+        ]
+        for operation, fault, code in table:
+            with self.subTest(operation=operation, **fault):
+                self.utm.clear_faults()
+                self.utm.fault(operation, **fault)
+                self.assertIn("Regenerate MAC addresses on clone", self.spawn(code=code).err)
+        self.assertEqual(self.utm.calls("start"), [])
+        self.utm.clear_faults()
+        self.spawn()
+        self.assertEqual(len(self.utm.calls("clone")), 1)
+        self.assertNotEqual(*(vm["macs"] for vm in self.utm.machines()))
+
+    def test_cpus_and_memory_are_set_before_the_first_start_and_never_later(self) -> None:
+        self.spawn("start", "-d", "alpha", "--cpus", "2", "--memory", "1.5G")
+        vm = self.utm.machine("km-alpha")
+        self.assertEqual((vm["cpus"], vm["memory"]), (2, 1536))
+        self.assertEqual(len(self.utm.calls("configure", "osascript")), 1)
+        for option in (("--cpus", "4"), ("--memory", "2G")):
+            self.assertIn("--fresh", self.spawn("start", "-d", "alpha", *option, code=4).err)
+
+    # -- the guest
+
+    def test_the_guest_is_given_its_name(self) -> None:
+        self.spawn()
+        guest = self.utm.guest("km-alpha")
+        for file, text in (("etc/hostname", "alpha\n"), ("proc/sys/kernel/hostname", "alpha\n"),
+                           ("etc/hosts", "127.0.0.1 localhost\n127.0.1.1 alpha\n")):
+            with open(os.path.join(guest, file), encoding="utf-8") as content:
+                self.assertEqual(content.read(), text)
+
+    def test_a_guest_that_could_not_be_named_is_named_at_the_next_start(self) -> None:
+        half_proofs = [{"stdout": "hostname=beta\nend=alpha\n"}, {"stdout": "hostname=alpha\n"}]
+        faults: list[dict[str, Any]] = [{"error": -2700}, {"silent": True}, {"crash": "TRAP"}, *half_proofs]
+        for fault in faults:
+            self.utm.clear_faults()
+            self.utm.fault("exec", **fault)
+            with self.subTest(**fault):
+                self.assertIn("the next start tries again", self.spawn().err)
+        self.utm.clear_faults()
+        self.spawn()
+        calls = len(self.utm.calls("exec"))
+        self.spawn()
+        self.assertEqual((calls, len(self.utm.calls("exec"))), (6, 6))
+
+    def test_the_name_given_to_a_disposable_boot_does_not_last(self) -> None:
+        self.spawn("start", "-d", "--disposable", "alpha")
+        uuid = self.utm.machine("km-alpha")["uuid"]
+        self.assertEqual(self.utm.calls("start")[0]["argv"], ["start", "--hide", "--disposable", uuid])
+        self.utm.change("km-alpha", status="stopped")
+        self.spawn()
+        self.assertEqual(len(self.utm.calls("exec")), 2)
+
+    def test_an_agent_that_comes_up_late_is_waited_for(self) -> None:
+        self.utm.change(self.base, agent_after=0.6, rpc_seconds=0.3, link_local_seconds=0.3)
+        self.spawn()
+
+    def test_a_machine_that_goes_off_while_it_is_waited_for_is_an_error_at_once(self) -> None:
+        self.utm.change(self.base, agent_after=None)
+        process = self.start_km("start", "-d", "alpha")
+        wait_for(lambda: self.utm.calls("ip-address"))
+        self.utm.change("km-alpha", status="stopped")
+        err = process.communicate(timeout=20)[1].decode()
+        self.assertEqual(process.returncode, 1, err)
+        self.assertIn("km-alpha is stopped: it went off", err)
+
+    def test_a_machine_without_ssh_is_a_time_out_that_says_what_was_seen(self) -> None:
+        with socket.socket() as port:               # bound, and nobody listens
+            port.bind((self.address, 0))
+            self.use(ssh_port=port.getsockname()[1])
+            err = self.spawn("start", "-d", "alpha", "--timeout", "1", code=6).err
+        self.assertIn(f"its ssh port does not answer at {self.address}", err)
+        self.assertIn("kodemachine attach", err)
+
+    # -- the command line
+
+    def test_what_cannot_be_a_label_makes_no_machine(self) -> None:
+        bad = ["Alpha", "a_b", "a" * 61, "", "../x", "-a", "a-", "a b", "ä", "a.b", "km-", "km-km-a", "list\n"]
+        for args in [
+            *(("start", "-d", label) for label in bad),
+            *((label,) for label in bad),
+            ("start", "list"),
+            ("start", "km-list"),
+        ]:
+            with self.subTest(args):
+                result = self.run_program(self.command(*args))
+                self.assertEqual((result.code, result.out), (2, ""))
+                self.assertRegex(result.err, r"\Akodemachine: .*\n(?:  .*\n)?\Z")
+        self.assertEqual(self.utm.calls(), [])
+
+    def test_a_label_may_be_as_long_as_a_host_name(self) -> None:
+        self.spawn("start", "-d", "a" * 60)
+        self.assert_machines("km-" + "a" * 60)
+
+    def test_the_prefix_typed_by_habit_is_dropped(self) -> None:
+        self.spawn("start", "-d", "km-alpha")
+        self.assert_machines("km-alpha")
+
+    def test_a_dot_stands_for_the_current_folder(self) -> None:
+        self.spawn("start", "-d", ".")
+        self.assert_machines("km-home-of-a-user")
+
+    def test_a_mistyped_command_makes_no_machine(self) -> None:
+        for word, meant in (
+            ("lsit", "list"),
+            ("stat", "start"),
+            ("lst", "list"),
+            ("atach", "attach"),
+            ("stopp", "stop"),
+        ):
+            with self.subTest(word):
+                err = self.spawn(word, code=2).err
+                self.assertIn(f"did you mean {meant!r}?", err)
+                self.assertIn(f"kodemachine start {word}", err)
+        self.assert_machines()
+        self.spawn("start", "-d", "lsit")
+        self.assertEqual(self.spawn("lsit", "-d").out, self.address + "\n")
+        self.assert_machines("km-lsit")
+
+    def test_options_that_cannot_be_are_usage_errors(self) -> None:
+        for args in ("alpha --timeout 0", "alpha --timeout x", "alpha --cpus 0", "alpha --memory 4X", "alpha -d --rm",
+                     "alpha --detach -- ls", "start", "start a b", "list -- x", "--nothing", "alpha --nothing"):
+            with self.subTest(args):
+                self.spawn(*args.split(), code=2)
+        self.assertEqual(self.utm.calls(), [])
+
+    def test_ssh_is_left_to_die_of_a_closed_pipe(self) -> None:
+        with open(os.path.join(self.bin, "ssh"), "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\nkill -PIPE $$\necho survived\n")
+        self.assertEqual(self.spawn("alpha", code=-signal.SIGPIPE).out, "")
+
+
+class CandidatesTest(SpawnCase):
+    """A guest with several addresses."""
+
+    GREETERS = 2
+
+    def test_the_first_address_that_greets_as_ssh_wins(self) -> None:
+        port = self.uses["ssh_port"]
+        greeting, polite = self.utm.app()["addresses"][:2]
+        web = Greeter(["127.0.0.4"], b"HTTP/1.1 400 Bad Request\r\n", port)
+        self.addCleanup(web.close)
+        mute = socket.create_server(("127.0.0.5", port))
+        self.addCleanup(mute.close)
+        self.utm.add("km-alpha", ips=["127.0.0.6", "127.0.0.4", "127.0.0.5", greeting])
+        self.spawn()
+        self.assertEqual(self.spawn("ip", "alpha").out, greeting + "\n")
+        self.utm.change("km-alpha", ips=["127.0.0.5", polite])
+        self.assertEqual(self.spawn("ip", "alpha").out, polite + "\n")
+
+
+class FaultTest(SpawnCase):
+    """Whatever a call answers, there is one machine in the end, or none and a reason."""
+
+    def test_clone_faults_that_leave_one_machine(self) -> None:
+        table: list[tuple[str, int, dict[str, Any]]] = [
+            ("-1712, and it finishes later", 1, {"error": -1712, "when": "after", "delay": 0.5, "report_after": 0.1}),
+            ("-10004, though done", 1, {"error": -10004, "when": "after"}),
+            ("-10004, not done", 2, {"error": -10004, "times": 1}),
+            ("-609, not done", 2, {"error": -609, "times": 1}),
+            ("not found, though it is there", 2, {"error": -1743, "lookup": True, "times": 1}),
+            ("not renamed", 1, {"partial": "no-rename"}),
+            ("not renamed, and -1712", 1, {"partial": "no-rename", "error": -1712, "when": "after"}),
+            ("hung, though done", 1, {"hang": True, "when": "after"}),
+            ("trapped, though done", 1, {"crash": "TRAP", "when": "after"}),
+        ]
+        for title, calls, fault in table:
+            with self.subTest(title):
+                self.utm.clear_faults()
+                self.utm.fault("clone", **fault)
+                before = len(self.utm.calls("clone"))
+                self.spawn()
+                self.assert_machines("km-alpha")
+                self.assertEqual(len(self.utm.calls("clone")), before + calls)
+                self.remove("km-alpha")
+
+    def test_clone_faults_that_leave_none(self) -> None:
+        self.use(clone_timeout=1.5)
+        table: list[tuple[str, int, int, str, dict[str, Any]]] = [
+            ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
+            ("refused", 5, 1, "Automation", {"error": -1743}),
+            ("UTM's own words", 1, 1, "Kein Platz.", {"error": -2700, "string": "Kein Platz."}),
+            ("nothing is done and nothing said", 1, 1, "there is no new machine", {"silent": True}),
+            ("-1712 for ever", 6, 1, "Run the same command again", {"error": -1712}),
+            ("hung", 6, 1, "Run the same command again", {"hang": True}),
+            ("aborted", 6, 1, "Run the same command again", {"crash": "ABRT"}),
+        ]
+        for title, code, calls, words, fault in table:
+            with self.subTest(title):
+                self.utm.clear_faults()
+                self.utm.fault("clone", **fault)
+                before = len(self.utm.calls("clone"))
+                self.assertIn(words, self.spawn(code=code).err)
+                self.assert_machines()
+                self.assertEqual(len(self.utm.calls("clone")), before + calls)
+                self.utm.clear_faults()
+                self.spawn()
+                self.assert_machines("km-alpha")
+                self.remove("km-alpha")
+
+    def test_a_half_renamed_clone_is_renamed_by_its_uuid_and_no_older_copy_is_touched(self) -> None:
+        old = self.utm.add("kodeimage-v0.2.0 2")
+        self.utm.fault("clone", partial="no-rename")
+        self.spawn()
+        self.assert_machines("km-alpha", "kodeimage-v0.2.0 2")
+        self.assertEqual(self.utm.machine("kodeimage-v0.2.0 2")["uuid"], old)
+
+    def test_a_half_renamed_clone_that_may_not_be_renamed_is_named_exactly(self) -> None:
+        self.utm.fault("clone", partial="no-rename")
+        self.utm.fault("configure", error=-1743)
+        err = self.spawn(code=5).err
+        self.assertIn(f"kodeimage-v0.2.0 2 ({self.utm.machine('kodeimage-v0.2.0 2')['uuid']})", err)
+        self.utm.clear_faults()
+        self.spawn()
+        self.assert_machines("km-alpha")
+        self.assertEqual(len(self.utm.calls("clone")), 1)
+
+    def test_a_name_that_differs_only_in_case_is_not_cloned_over(self) -> None:
+        uuid = self.utm.add("KM-Alpha")
+        self.assertIn(f"KM-Alpha already ({uuid})", self.spawn(code=4).err)
+        self.assertEqual(self.utm.calls("clone"), [])
+
+    def test_a_clone_whose_folder_could_not_be_moved_is_used_all_the_same(self) -> None:
+        self.utm.add("km/alpha")
+        self.spawn()
+        self.assert_machines("km-alpha", "km/alpha")
+
+    def test_start_faults(self) -> None:
+        table: list[tuple[str, int, int, str, dict[str, Any]]] = [
+            ("-1712, though done", 0, 1, "", {"error": -1712, "when": "after"}),
+            ("-1712, not done", 0, 2, "", {"error": -1712, "times": 1}),
+            ("refused by UTM for ever", 1, 3, "Disk locked.", {"error": -2700, "string": "Disk locked."}),
+            ("no permission", 5, 1, "Automation", {"error": -1743}),
+            ("crashed, though done", 0, 1, "", {"crash": "TRAP", "when": "after"}),
+            ("an error of --hide before it", 0, 1, "", {"hide_error": -609}),
+        ]
+        for title, code, calls, words, fault in table:
+            with self.subTest(title):
+                self.utm.add("km-alpha")
+                self.utm.clear_faults()
+                self.utm.fault("start", **fault)
+                before = len(self.utm.calls("start"))
+                self.assertIn(words, self.spawn("start", "-d", "alpha", code=code).err)
+                self.assertEqual(len(self.utm.calls("start")), before + calls)
+                self.remove("km-alpha")
+
+    def test_questions_without_an_answer_are_asked_again(self) -> None:
+        for verb, number in (
+            ("list", -1712),
+            ("status", -609),
+            ("ip-address", -600),
+            ("addresses", -1712),
+            ("configure", -609),
+        ):
+            self.utm.fault(verb, error=number, times=2)
+        self.utm.fault("status", error=-1743, lookup=True, skip=2, times=2)
+        self.spawn()
+        self.assert_machines("km-alpha")
+        self.assertEqual((len(self.utm.calls("clone")), len(self.utm.calls("start"))), (1, 1))
+
+    def test_each_call_may_hang_once(self) -> None:
+        limits = dict.fromkeys(kodemachine.LIMITS, 0.8)
+        for verb in ("list", "start", "status", "ip-address", "addresses", "configure"):
+            self.utm.fault(verb, hang=True, times=1)
+        self.spawn(patience={"LIMITS": limits})
+        self.assert_machines("km-alpha")
+
+    def test_each_call_may_crash_once(self) -> None:
+        for verb, name in (
+            ("list", "TRAP"),
+            ("start", "ABRT"),
+            ("status", "TRAP"),
+            ("ip-address", "ABRT"),
+            ("addresses", "ABRT"),
+            ("configure", "ABRT"),
+        ):
+            self.utm.fault(verb, crash=name, times=1)
+        self.spawn()
+        self.assert_machines("km-alpha")
+
+    def test_all_is_the_same_in_another_language(self) -> None:
+        self.utm.option(language="ja")
+        self.utm.fault("clone", error=-1712, when="after")
+        self.utm.fault("start", error=-609, times=1)
+        self.spawn()
+        self.utm.fault(error=-1743, lookup=True)
+        self.assertIn("Automation", self.spawn(code=5).err)
+
+
+class CrashTest(SpawnCase):
+    """Killed, interrupted, or several at once: the next run carries on, and there is one machine."""
+
+    GREETERS = 3
+
+    def greet(self) -> None:
+        super().greet()
+        self.addCleanup(self.assert_no_half_made_files)
+
+    def assert_no_half_made_files(self) -> None:
+        self.assertEqual([path for path in self.files() if path.endswith(".new")], [])
+
+    def test_killed_while_utm_clones_the_next_run_takes_what_came(self) -> None:
+        self.utm.option(clone_seconds=1.0)
+        for too in (False, True):
+            with self.subTest(utmctl_killed_too=too):
+                before = len(self.utm.calls("clone"))
+                process = self.start_km("start", "-d", "alpha")
+                wait_for(self.clone_is_under_way)
+                process.kill()
+                process.wait()
+                if too:
+                    os.kill(self.utm.calls("clone")[-1]["pid"], signal.SIGKILL)
+                self.spawn()
+                self.assert_machines("km-alpha")
+                self.assertEqual(len(self.utm.calls("clone")), before + 1)
+                self.remove("km-alpha")
+
+    def clone_is_under_way(self) -> bool:
+        """Whether UTM has heard of it: before that, the next run would have to wait till it is sure."""
+        with self.utm.fake as utm:
+            return any(action in ("insert", "rename") for _, action, *_ in utm.state["pending"])
+
+    def test_killed_before_utm_heard_of_it_the_next_run_clones_once_the_time_is_over(self) -> None:
+        self.use(clone_timeout=1.5)
+        self.utm.fault("clone", hang=True, times=1)
+        process = self.start_km("start", "-d", "alpha")
+        call = wait_for(lambda: self.utm.calls("clone"))[0]
+        for pid in (process.pid, call["pid"]):
+            os.kill(pid, signal.SIGKILL)
+        self.spawn()
+        self.assert_machines("km-alpha")
+
+    def test_a_signal_at_any_step_leaves_nothing_behind_and_the_next_run_carries_on(self) -> None:
+        moments: list[tuple[str, dict[str, Any]]] = [
+            ("list", {"hang": True}), ("clone", {"when": "after", "delay": 0.6}), ("addresses", {"hang": True}),
+            ("start", {"hang": True, "when": "after"}), ("ip-address", {"hang": True}), ("exec", {"hang": True})]
+        signals = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+        for (verb, fault), number in zip(moments, signals):
+            with self.subTest(verb, signal=number.name):
+                self.utm.clear_faults()
+                self.utm.fault(verb, **fault)
+                before = len(self.calls(verb))
+                process = self.start_km("start", "-d", "alpha")
+                self.await_call(verb, before + 1)
+                if verb == "clone":
+                    wait_for(self.clone_is_under_way)
+                process.send_signal(number)
+                out, err = process.communicate(timeout=20)
+                self.assertEqual((process.returncode, out), (128 + number, b""), err)
+                self.assertNotIn(b"Traceback", err)
+                self.assertNoChildrenLeft()
+                self.assert_no_half_made_files()
+                self.utm.clear_faults()
+                self.spawn()
+                self.assert_machines("km-alpha")
+                self.remove("km-alpha")
+
+    def calls(self, verb: str) -> list[dict[str, Any]]:
+        return self.utm.calls(verb) + self.utm.calls(verb, "osascript")
+
+    def await_call(self, verb: str, number: int) -> None:
+        wait_for(lambda: len(self.calls(verb)) >= number)
+
+    def test_ctrl_c_on_a_terminal_ends_it_and_leaves_the_terminal_sane(self) -> None:
+        self.utm.option(clone_seconds=0.8)
+        terminal = self.km_tty("start", "-d", "alpha", env={"TERM": "xterm"})
+        terminal.expect(b"cloning")
+        wait_for(self.clone_is_under_way)
+        terminal.send(b"\x03")
+        self.assertEqual(terminal.wait(), 130)
+        self.assertEqual(terminal.attributes(), terminal.before)
+        self.assertTrue(terminal.seen.endswith(b"\n"), terminal.seen)
+        self.assertNoChildrenLeft()
+        self.spawn()
+        self.assert_machines("km-alpha")
+        self.assertEqual(len(self.utm.calls("clone")), 1)
+
+    def test_what_is_ignored_for_us_stays_ignored(self) -> None:
+        self.utm.option(clone_seconds=0.4)
+        command = shlex.join(self.command("start", "-d", "alpha"))
+        process = self.start_program(["/bin/sh", "-c", f"trap '' HUP; exec {command}"])
+        wait_for(lambda: self.utm.calls("clone"))
+        process.send_signal(signal.SIGHUP)
+        self.assertEqual(process.wait(20), 0)
+
+    def test_six_at_once_make_one_machine(self) -> None:
+        self.utm.option(clone_seconds=0.2)
+        self.finish([self.start_km("start", "-d", "alpha") for _ in range(6)])
+        self.assert_machines("km-alpha")
+
+    def test_several_machines_at_once_share_no_address(self) -> None:
+        self.utm.option(clone_seconds=0.1)
+        self.finish([self.start_km("start", "-d", label) for label in ("a", "b", "c")])
+        self.assert_machines("km-a", "km-b", "km-c")
+        self.assertEqual(len({mac for vm in self.utm.machines() for mac in vm["macs"]}), 4)
+
+    def finish(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
+            err = process.communicate(timeout=60)[1].decode()
+            self.assertEqual(process.returncode, 0, err)
+            self.assertNotIn("Traceback", err)
+
+    def lock(self, text: str) -> Any:
+        folder = os.path.join(self.home, ".local", "state", "kodemachine", "locks")
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "km-alpha.lock"), "w", encoding="utf-8") as file:
+            file.write(text)
+        return open(file.name, encoding="utf-8")
+
+    def test_a_lock_whose_owner_is_gone_is_none(self) -> None:
+        self.lock("4194305\n").close()
+        self.spawn()
+
+    def test_a_living_lock_names_its_owner(self) -> None:
+        self.use(clone_timeout=0.5, boot_timeout=0.5)
+        with self.lock("4242\n") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            err = self.spawn(code=6).err
+        self.assertIn("waiting for another kodemachine (pid 4242)", err)
+        self.assertIn("ps -p 4242", err)
+        self.assertEqual(self.utm.calls(), [])
+
+
+class HandoffTest(SpawnCase):
+    """The end of a spawn is a real ssh session, with a real sshd."""
+
+    def greet(self) -> None:
+        self.server: Sshd = self.sshd()
+        self.address = self.server.hosts[0]
+        self.use(ssh_port=self.server.port)
+        self.theirs = os.path.join(self.folder, "known_hosts of a person")
+        with open(self.ssh_config, "a", encoding="utf-8") as file:
+            file.write(f'UserKnownHostsFile "{self.theirs}"\n')
+
+    @property
+    def ours(self) -> list[str]:
+        """The lines of kodemachine's own known-hosts file."""
+        with open(os.path.join(self.home, ".local", "state", "kodemachine", "known_hosts"), encoding="utf-8") as file:
+            return file.read().splitlines()
+
+    @property
+    def key(self) -> str:
+        return " ".join(self.server.host_key_line.split()[:2])
+
+    def change_key(self) -> str:
+        """The server's host key is another; the guest's agent knows it. Returns a mark that nothing has touched."""
+        self.server.replace_host_key()
+        path = os.path.join(self.utm.guest("km-alpha"), "etc", "ssh", "ssh_host_ed25519_key.pub")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.server.host_key_line + "\n")
+        return os.path.join(self.folder, "mark")
+
+    def assert_refused(self, mark: str) -> None:
+        self.spawn("alpha", "--", "touch", mark, code=255)
+        self.assertFalse(os.path.exists(mark))
+
+    def test_a_commands_output_and_exit_status_arrive(self) -> None:
+        result = self.spawn("alpha", "--", "echo $((6 * 7)); echo oops >&2; exit 7", code=7)
+        self.assertEqual(result.out, "42\n")
+        self.assertTrue(result.err.endswith("oops\n"), result.err)
+        self.assertEqual(self.ours, [f"km-alpha {self.key}"])
+        self.assertFalse(os.path.exists(self.theirs))
+
+    def test_words_are_joined_for_the_guests_shell_and_input_reaches_it(self) -> None:
+        result = self.km("alpha", "--", "read", "x;", "echo", "a  b", "$x", "--", stdin="typed\n")
+        self.assertEqual((result.code, result.out), (0, "a b typed --\n"), result.err)
+
+    def test_a_changed_host_key_fails_closed_until_it_is_pinned_anew(self) -> None:
+        self.spawn("alpha", "--", "true")
+        old = kodemachine.fingerprint(self.key)
+        mark = self.change_key()
+        self.assert_refused(mark)
+        self.assertIn("-y", self.spawn("start", "alpha", "--repin", "--", "touch", mark, code=2).err)
+        self.assert_refused(mark)
+        err = self.spawn("start", "alpha", "--repin", "-y", "--", "touch", mark).err
+        self.assertIn(f"pinned  {old}\n", err)
+        self.assertIn(f"now     {kodemachine.fingerprint(self.key)}\n", err)
+        self.assertTrue(os.path.exists(mark))
+        self.assertEqual(self.ours, [f"km-alpha {self.key}"])
+
+    def test_deleted_in_utms_window_and_cloned_again_it_connects_without_a_question(self) -> None:
+        self.spawn("alpha", "--", "true")
+        self.remove("km-alpha")
+        self.server.replace_host_key()
+        self.utm.option(host_key=self.server.host_key_line)
+        self.assertEqual(self.spawn("alpha", "--", "echo", "again").out, "again\n")
+        self.assertEqual(self.ours, [f"km-alpha {self.key}"])
+        with open(os.path.join(self.home, ".local", "state", "kodemachine", "machines.json"), encoding="utf-8") as file:
+            self.assertEqual(len(json.load(file)), 1)
+
+    def test_a_persons_own_ssh_configuration_cannot_weaken_the_pin(self) -> None:
+        socket_path = os.path.join(self.folder, "master")
+        with open(self.ssh_config, "a", encoding="utf-8") as file:
+            file.write(
+                "Host *\n  ControlMaster auto\n  ControlPersist 5\n  ForwardAgent yes\n  ProxyJump nobody@192.0.2.1\n"
+                f"  ControlPath {socket_path}\n  StrictHostKeyChecking no\n  UpdateHostKeys yes\n  HostKeyAlias other\n"
+                "  CanonicalizeHostname always\n  GlobalKnownHostsFile /dev/null\n"
+            )
+        self.spawn("alpha", "--", "true")
+        self.assertFalse(os.path.exists(socket_path))
+        argv = self.utm.calls(tool="ssh")[-1]["argv"]
+        self.assertLessEqual({"ProxyJump=none", "ProxyCommand=none", "ControlPath=none"}, set(argv))
+        dump = self.run_program([os.path.join(self.bin, "ssh"), "-G", *argv]).out.splitlines()
+        for line in ("forwardagent no", "controlmaster false", "stricthostkeychecking true", "hostkeyalias km-alpha",
+                     "updatehostkeys false", "canonicalizehostname false", "globalknownhostsfile /dev/null"):
+            self.assertIn(line, dump)
+        self.assert_refused(self.change_key())
+        self.assertFalse(os.path.exists(self.theirs))
+
+    def test_without_a_key_from_the_agent_the_first_one_seen_is_kept(self) -> None:
+        self.utm.fault("exec", error=-2700)
+        for _ in range(2):
+            self.spawn("alpha", "--", "true")
+            self.assertEqual(self.ours, [f"km-alpha {self.key}"])
+        self.assertFalse(os.path.exists(self.theirs))
+        self.assert_refused(self.change_key())
+
+    def test_a_state_folder_with_signs_that_ssh_expands_is_no_trouble(self) -> None:
+        folder = os.path.join(self.folder, "100%h of it")
+        result = self.km("alpha", "--", "echo", "in", env={"XDG_STATE_HOME": folder})
+        self.assertEqual((result.code, result.out), (0, "in\n"), result.err)
+        self.assertTrue(os.path.exists(os.path.join(folder, "kodemachine", "known_hosts")))
+
+    def test_a_session_holds_no_lock(self) -> None:
+        session = self.start_km("alpha", "--", "echo up; cat", input_follows=True)
+        assert session.stdout
+        self.assertEqual(session.stdout.readline(), b"up\n")
+        self.use(clone_timeout=0.5, boot_timeout=0.5)
+        self.assertEqual(self.km("start", "-d", "alpha").code, 0)
+        self.assertEqual(session.communicate(b"x", timeout=20)[0], b"x")
+        self.assertEqual(session.returncode, 0)
+
+    def test_a_reader_that_leaves_ends_the_session(self) -> None:
+        command = shlex.join(self.command("alpha", "--", "cat", "/dev/zero"))
+        result = self.run_program(["/bin/sh", "-c", f"{command} | head -c1"], timeout=20)
+        self.assertEqual((result.code, result.out), (0, "\0"))
+        self.assertNoChildrenLeft()
+
+
+# ---- the configuration
+
+
+class ConfigTest(Case):
+    """The configuration is what its file says, or an error that says where."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.config()
+
+    def write(self, text: str) -> None:
+        with open(self.path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+    def read(self) -> str:
+        with open(self.path, encoding="utf-8", newline="") as file:
+            return file.read()
+
+    def assert_refused(self, words: str, *args: str) -> None:
+        result = self.run_program(self.command(*(args or ("list",))))
+        self.assertEqual((result.code, result.out), (2, ""))
+        self.assertRegex(result.err, r"\Akodemachine: .*\n(?:  .*\n)?\Z")
+        self.assertIn(words, result.err)
+
+    def test_a_broken_file_is_one_line_with_its_position_and_stays_as_it_is(self) -> None:
+        table = {
+            "": ":1:1: the file is empty",
+            "{": ":1:2: ",
+            '{\n "prefix": "km-"\n "ssh_port": 22}': ":3:2: ",
+            "[]": ":1:1: not a JSON object",
+            '{\n  "ssh_port": "22"\n}': ':2:3: ssh_port must be a port number, not "22"',
+            '{"ssh_port": true}': ":1:2: ssh_port",
+            '{"boot_timeout": 0}': ":1:2: boot_timeout must be a positive number of seconds",
+            '{"boot_timeout": NaN}': ":1:2: boot_timeout",
+            '{"headless": 1}': ":1:2: headless must be true or false",
+            '{"prefix": "KM-"}': ":1:2: prefix",
+            '{"prefix": "kodeimage-v"}': ":1:2: prefix",
+            '{"prefix": ""}': ":1:2: prefix",
+            '{"ssh_user": "-oProxyCommand=x"}': ":1:2: ssh_user",
+            '{"base_image": ["x"]}': ":1:2: base_image",
+            '{"basee_image": "x"}': ":1:2: unknown key 'basee_image'\n  Did you mean 'base_image'?",
+            '{"prefix": "a-", "prefix": "b-"}': "key 'prefix' stands there twice",
+            "[" * 100000: "",
+            '{"base_image": "\x1b[2J"}': ":1:17: ",
+        }
+        for text, words in table.items():
+            with self.subTest(text[:40]):
+                self.write(text)
+                self.assert_refused(words)
+                self.assert_refused(words, "config", "set", "ssh_port", "23")
+                self.assertEqual(self.read(), text)
+        self.assertEqual(self.utm.calls(), [])
+
+    def test_what_is_no_file_is_no_configuration(self) -> None:
+        os.unlink(self.path)
+        os.mkfifo(self.path)
+        self.assert_refused(f"{self.path}: not a regular file")
+        os.unlink(self.path)
+        os.mkdir(self.path)
+        self.assert_refused(f"{self.path}: ")
+        self.assert_refused(f"{self.path}: ", "config", "set", "ssh_port", "23")
+
+    def test_a_file_that_may_not_be_read_is_not_a_missing_one(self) -> None:
+        os.unlink(self.path)
+        os.symlink(self.path, self.path)  # not even root can read this one
+        self.assertEqual(self.km("config").code, 2)
+
+    def test_a_missing_file_means_the_defaults(self) -> None:
+        os.unlink(self.path)
+        shown = dict(line.split(" = ") for line in self.km("config").out.splitlines())
+        self.assertEqual(
+            shown,
+            {
+                "base_image": "",
+                "ssh_user": "",
+                "ssh_port": "22",
+                "prefix": "km-",
+                "headless": "true",
+                "identity_file": "",
+                "boot_timeout": "120",
+                "clone_timeout": "600",
+                "stop_timeout": "60",
+                "utmctl": "",
+                "documents": "",
+                "first_boot": "",
+            },
+        )
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_a_key_is_set_read_and_unset_again(self) -> None:
+        self.write('{"ssh_user": "me"}')
+        self.assertEqual(self.km("config", "path").out, self.path + "\n")
+        for key, value, stored in (("ssh_port", "2222", 2222), ("headless", "false", False), ("base_image", "7", "7"),
+                                   ("identity_file", "~/id", "~/id"), ("boot_timeout", "1.5", 1.5)):
+            self.assertEqual(self.km("config", "set", key, value), (0, "", ""))
+            self.assertEqual(json.loads(self.read())[key], stored)
+        self.assertEqual(self.km("config", "get", "ssh_port").out, "2222\n")
+        self.assertEqual(self.km("config", "get", "identity_file").out, f"{self.home}/id\n")
+        self.assertEqual(self.km("config", "set", "ssh_port", "").code, 0)
+        self.assertEqual(self.km("config", "get", "ssh_port").out, "22\n")
+        self.assertEqual(json.loads(self.read())["ssh_user"], "me")
+
+    def test_what_cannot_be_is_not_set(self) -> None:
+        self.write('{"ssh_user": "me"}')
+        for key, value in (
+            ("ssh_port", "x"),
+            ("ssh_port", "0"),
+            ("headless", "yes"),
+            ("prefix", "km"),
+            ("nothing", "1"),
+            ("boot_timeout", "-1"),
+            ("boot_timeout", "1e999"),
+        ):
+            with self.subTest(key=key, value=value):
+                self.assert_refused(key, "config", "set", key, value)
+        self.assert_refused("nothing", "config", "get", "nothing")
+        self.assertEqual(self.read(), '{"ssh_user": "me"}')
+
+    def test_another_file_may_be_named_and_must_be_there(self) -> None:
+        other = os.path.join(self.home, "other.json")
+        self.assert_refused(other, "--config", other, "list")
+        with open(other, "w", encoding="utf-8") as file:
+            file.write('{"ssh_port": 7}')
+        self.write("broken")
+        self.assertEqual(self.km("--config", "other.json", "config", "get", "ssh_port").out, "7\n")
+        self.assertEqual(self.km("--config", other, "config", "set", "ssh_port", "8").code, 0)
+        self.assertEqual(self.read(), "broken")
+
+    def test_xdg_config_home_is_honoured_if_it_is_absolute(self) -> None:
+        elsewhere = os.path.join(self.folder, "xdg")
+        expected = {
+            elsewhere: os.path.join(elsewhere, "kodemachine", "config.json"),
+            "relative": self.path,
+            "": self.path,
+        }
+        for value, path in expected.items():
+            self.assertEqual(self.km("config", "path", env={"XDG_CONFIG_HOME": value}).out, path + "\n")
+
+    def test_a_symbolic_link_stays_and_its_target_is_replaced(self) -> None:
+        target = os.path.join(self.folder, "dotfiles.json")
+        os.rename(self.path, target)
+        os.symlink(target, self.path)
+        inode = os.stat(target).st_ino
+        self.assertEqual(self.km("config", "set", "ssh_port", "23").code, 0)
+        self.assertTrue(os.path.islink(self.path))
+        self.assertEqual(self.read(), '{\n  "ssh_port": 23\n}\n')
+        self.assertNotEqual(os.stat(target).st_ino, inode)
+
+    def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(self) -> None:
+        self.write('{"ssh_user": "me"}')
+        limited = ["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *self.command("config", "set", "ssh_port", "23")]
+        result = self.run_program(limited)
+        self.assertEqual(result.code, 1, result.err)
+        self.assertNotIn("Traceback", result.err)
+        self.assertEqual(self.read(), '{"ssh_user": "me"}')
+        self.assertEqual(os.listdir(os.path.dirname(self.path)), ["config.json"])
+
+    def test_all_that_is_written_is_private_whatever_the_umask(self) -> None:
+        self.image()
+        for mask in ("000", "022", "077"):
+            home = os.path.join(self.folder, f"home {mask}")
+            os.mkdir(home)
+            for args in (("config", "set", "ssh_user", "me"), ("start", "-d", f"alpha-{mask}")):
+                self.utm.fault("start", error=-1743)
+                self.run_program(
+                    ["/bin/sh", "-c", f'umask {mask}; exec "$@"', "sh", *self.command(*args)], env={"HOME": home}
+                )
+            found = {os.path.join(top, name) for top, folders, files in os.walk(home) for name in (*folders, *files)}
+            self.assertIn(os.path.join(home, ".local/state/kodemachine/machines.json"), found)
+            for path in found:
+                self.assertEqual(oct(os.stat(path).st_mode & 0o777), oct(0o700 if os.path.isdir(path) else 0o600), path)
+
+
+# ---- the serial console, exec, and machines by name
+
+
+class Line:
+    """A serial port: kodemachine opens its device, a test is the machine behind it."""
+
+    def __init__(self) -> None:
+        self.machine, self._device = os.openpty()  # the device is kept open: a pty without one is hung up
+        tty.setraw(self._device)
+        self.path = os.ttyname(self._device)
+
+    def say(self, octets: bytes) -> None:
+        while octets:
+            octets = octets[os.write(self.machine, octets) :]
+
+    def hear(self, count: int) -> bytes:
+        """The next `count` bytes that reach the machine."""
+        heard = b""
+        while len(heard) < count:
+            assert select.select([self.machine], [], [], 20)[0], f"only {heard!r} has come"
+            heard += os.read(self.machine, count - len(heard))
+        return heard
+
+    def power_off(self) -> None:
+        os.close(self.machine)
+        self.machine = -1
+
+    def close(self) -> None:
+        for handle in {self.machine, self._device} - {-1}:
+            os.close(handle)
+
+
+class AttachTest(Case):
+    """The serial console."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.line = Line()
+        self.addCleanup(self.line.close)
+        self.utm.add("km-a", status="started", serials=[{"kind": "ptty", "path": self.line.path}])
+
+    def attach(self, *options: str) -> Terminal:
+        terminal = self.km_tty("attach", "a", *options)
+        terminal.expect(rb"console of km-a; .*\n.*stty rows \d+ cols \d+ ---\r\n")
+        wait_for(lambda: terminal.attributes() != terminal.before)
+        return terminal
+
+    def pipe(self, *options: str) -> subprocess.Popen[bytes]:
+        return self.start_km("attach", "a", *options, input_follows=True)
+
+    def test_bytes_pass_both_ways_until_the_escape(self) -> None:
+        terminal = self.attach()
+        self.line.say(b"login: ")
+        terminal.expect(b"login: ")
+        terminal.send(b"me\r\x1d")
+        self.assertEqual(self.line.hear(3), b"me\r")
+        self.assertEqual(terminal.wait(), 0)
+        terminal.expect(b"console of km-a: left")
+
+    def test_control_keys_and_all_other_bytes_go_to_the_guest(self) -> None:
+        terminal = self.attach()
+        octets = bytes(byte for byte in range(256) if byte != 0x1D)
+        terminal.send(octets)
+        self.assertEqual(self.line.hear(255), octets)
+
+    def test_all_bytes_of_the_guest_reach_the_terminal_unchanged(self) -> None:
+        terminal = self.attach()
+        self.line.say(bytes(range(256)))
+        terminal.expect(re.escape(bytes(range(256))))
+
+    def test_nothing_is_typed_into_the_guest_unasked(self) -> None:
+        terminal = self.attach()
+        terminal.send(b"x\x1d")
+        terminal.wait()
+        self.assertEqual(self.line.hear(1), b"x")
+        self.assertFalse(select.select([self.line.machine], [], [], 0)[0])
+
+    def test_every_way_out_leaves_the_terminal_as_it_was(self) -> None:
+        for way, status, words in (
+            ("escape", 0, b"left"),
+            ("power off", 0, b"the machine closed the line"),
+            ("SIGTERM", 143, b""),
+            ("SIGHUP", 129, b""),
+        ):
+            with self.subTest(way):
+                terminal = self.attach()
+                if way == "escape":
+                    terminal.send(b"\x1d")
+                elif way == "power off":
+                    self.line.power_off()
+                else:
+                    terminal.process.send_signal(status - 128)
+                self.assertEqual(terminal.wait(), status)
+                self.assertEqual(terminal.attributes(), terminal.before)
+                terminal.expect(words)
+                if way == "power off":
+                    self.line.close()
+                    self.line = Line()
+                    self.utm.change("km-a", serials=[{"kind": "ptty", "path": self.line.path}])
+
+    def test_a_second_attach_is_told_who_has_the_console(self) -> None:
+        first = self.attach()
+        result = self.km("attach", "a", "--timeout", "1")
+        self.assertEqual((result.code, result.out), (4, ""))
+        self.assertIn(f"the console of km-a is in use by another kodemachine (pid {first.process.pid})", result.err)
+
+    def test_the_escape_key_can_be_another(self) -> None:
+        terminal = self.attach("--escape", "ctrl-a")
+        terminal.send(b"\x1d\x01")
+        self.assertEqual(self.line.hear(1), b"\x1d")
+        self.assertEqual(terminal.wait(), 0)
+        bad = self.km("attach", "a", "--escape", "alt-f4")
+        self.assertEqual((bad.code, bad.err.count("\n")), (2, 2))
+
+    def test_without_a_terminal_input_goes_in_and_output_comes_until_the_line_is_closed(self) -> None:
+        process = self.pipe()
+        assert process.stdin and process.stdout
+        process.stdin.write(b"\x1dls\n")  # an escape only counts when a person types it
+        process.stdin.close()
+        self.assertEqual(self.line.hear(4), b"\x1dls\n")
+        self.line.say(b"README\n")
+        self.assertEqual(process.stdout.read(7), b"README\n")
+        self.line.power_off()
+        self.assertEqual(process.wait(20), 0)
+
+    def test_without_a_terminal_the_time_can_be_limited(self) -> None:
+        result = self.km("attach", "a", "--timeout", "0.3")
+        self.assertEqual((result.code, result.out), (0, ""))
+        self.assertIn("the time is over", result.err)
+
+    def test_sixteen_mebibytes_each_way_at_once_arrive_whole(self) -> None:
+        size = 16 << 20
+        inward, outward = os.urandom(size), os.urandom(size)
+        process = self.pipe("--escape", "none")
+        assert process.stdin and process.stdout
+        heard: list[bytes] = []
+        jobs: list[tuple[Any, ...]] = [
+            (lambda: heard.append(self.hear_all(size)),),
+            (self.line.say, outward),
+            (process.stdin.write, inward),
+        ]
+        threads = [threading.Thread(target=job, args=args, daemon=True) for job, *args in jobs]
+        for thread in threads:
+            thread.start()
+        came = process.stdout.read(size)
+        for thread in threads:
+            thread.join(60)
+        digests = [hashlib.sha256(octets).hexdigest() for octets in (came, *heard)]
+        self.assertEqual(digests, [hashlib.sha256(octets).hexdigest() for octets in (outward, inward)])
+
+    def hear_all(self, size: int) -> bytes:
+        heard = bytearray()
+        while len(heard) < size:
+            heard += os.read(self.line.machine, 1 << 16)
+        return bytes(heard)
+
+    def test_a_reader_who_is_slow_loses_nothing(self) -> None:
+        process = self.pipe()
+        assert process.stdin and process.stdout
+        said = os.urandom(3 << 20)
+        writer = threading.Thread(target=self.line.say, args=(said,), daemon=True)
+        writer.start()
+        writer.join(0.5)
+        self.assertTrue(writer.is_alive(), "the machine must be held up, not the bytes piled up")
+        self.assertEqual(process.stdout.read(len(said)), said)
+        writer.join(20)
+
+    def test_a_reader_who_is_gone_ends_it(self) -> None:
+        process = self.pipe()
+        assert process.stdout
+        self.line.say(b"x")
+        process.stdout.read(1)
+        process.stdout.close()
+        self.line.say(b"y")
+        self.assertEqual(process.wait(20), 141)
+
+    def test_the_log_has_what_the_guest_said(self) -> None:
+        log = os.path.join(self.home, "console.log")
+        for said in (b"one\r\n", b"two\x1b[0m\r\n"):
+            terminal = self.attach("--log", log)
+            self.line.say(said)
+            terminal.expect(re.escape(said))
+            terminal.send(b"not this\x1d")
+            terminal.wait()
+        with open(log, "rb") as file:
+            self.assertEqual(file.read(), b"one\r\ntwo\x1b[0m\r\n")
+        self.assertEqual(self.km("attach", "a", "--log", self.home).code, 1)
+
+    def test_a_tcp_port_is_a_console_too(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            self.utm.change("km-a", serials=[{"kind": "tcp", "host": "127.0.0.1", "port": port}])
+            process = self.pipe()
+            assert process.stdin and process.stdout
+            with server.accept()[0] as machine:
+                machine.sendall(b"login: ")
+                self.assertEqual(process.stdout.read(7), b"login: ")
+                process.stdin.write(b"me\n")
+                process.stdin.close()
+                self.assertEqual(machine.recv(3, socket.MSG_WAITALL), b"me\n")
+            self.assertEqual(process.wait(20), 0)
+
+    def test_the_index_chooses_a_port(self) -> None:
+        self.utm.change("km-a", serials=[{"kind": "terminal"}, {"kind": "ptty", "path": self.line.path}])
+        self.assertEqual(self.km("attach", "a", "--index", "1", "--timeout", "0.2").code, 0)
+        result = self.km("attach", "a", "--index", "7")
+        self.assertEqual(result.code, 1)
+        self.assertIn("no serial port 7", result.err)
+
+    def test_what_is_no_serial_port_of_ours_is_not_touched(self) -> None:
+        with tempfile.NamedTemporaryFile(dir=self.home) as file:
+            for serials, words in (
+                ([], "has no serial port"),
+                ([{"kind": "terminal"}], "has no serial port"),
+                ([{"kind": "ptty", "path": "/dev/ttys999-gone"}], "cannot open the serial port"),
+                ([{"kind": "ptty", "path": file.name.replace(" ", "%20")}], "cannot open the serial port"),
+                ([{"kind": "tcp", "host": "127.0.0.1", "port": 1}], "cannot connect to the serial port"),
+            ):
+                with self.subTest(serials):
+                    self.utm.change("km-a", serials=serials)
+                    result = self.km("attach", "a")
+                    self.assertEqual((result.code, result.out), (1, ""))
+                    self.assertIn(words, result.err)
+
+    def test_only_a_running_machine_has_a_console(self) -> None:
+        for state in ("stopped", "paused"):
+            self.utm.change("km-a", status=state)
+            result = self.km("attach", "a")
+            self.assertEqual(result.code, 4)
+            self.assertIn(f"km-a is {state}", result.err)
+        self.assertEqual(self.km("attach", "nosuch").code, 3)
+
+
+class ExecTest(Case):
+    """Commands through the guest agent."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.utm.add("km-a", status="started")
+
+    def execute(self, *command: str, stdin: str | None = None) -> Result:
+        words = ["--input"] if stdin is not None else []
+        return self.km("exec", "a", *words, "--", *command, stdin=stdin)
+
+    def test_output_and_status_are_the_commands(self) -> None:
+        for status in (0, 3, 255):
+            self.assertEqual(
+                self.execute("sh", "-c", f"echo out; echo err >&2; exit {status}"), (status, "out\n", "err\n")
+            )
+
+    def test_a_command_killed_by_a_signal_is_told_from_one_that_succeeded(self) -> None:
+        self.assertEqual(self.execute("sh", "-c", "kill -9 $$").code, 137)
+
+    def test_words_stay_words_whatever_they_look_like(self) -> None:
+        words = ["---x", "-=y", "--", "--cmd", "--hide", "a b", "$HOME", "*", ""]
+        self.assertEqual(self.execute("printf", "<%s>\\n", *words).out, "".join(f"<{word}>\n" for word in words))
+
+    def test_input_is_passed_on_only_if_asked_for(self) -> None:
+        text = "0123456789abcdef\n" * 20000
+        self.assertEqual(self.execute("wc", "-c", stdin=text).out.strip(), str(len(text)))
+        self.assertEqual(self.km("exec", "a", "--", "wc", "-c", stdin=text).out.strip(), "0")
+
+    def test_output_is_not_changed_by_a_byte(self) -> None:
+        process = self.start_km("exec", "a", "--", "printf", r"\000\377\033[0m\n\r")
+        self.assertEqual(process.communicate(timeout=20)[0], b"\x00\xff\x1b[0m\n\r")
+
+    def test_output_that_was_cut_is_said_to_be(self) -> None:
+        process = self.start_km("exec", "a", "--", "dd", "if=/dev/zero", "bs=65536", "count=257")
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((len(out), process.returncode), (16 << 20, 0))
+        self.assertIn(b"cut at 16 MiB", err)
+
+    def test_a_lost_result_is_no_success(self) -> None:
+        self.utm.fault("exec", error=-1712, when="after")
+        result = self.execute("true")
+        self.assertEqual((result.code, result.out), (1, ""))
+
+    def test_without_an_agent_it_says_what_is_missing(self) -> None:
+        for rule in ({"error": -2700, "string": "The agent is not running."}, {"crash": "TRAP"}):
+            with self.subTest(rule):
+                self.utm.fault("exec", **rule)
+                result = self.execute("true")
+                self.assertEqual(result.code, 1)
+                self.assertIn("was not run in km-a", result.err)
+                self.assertIn("qemu-guest-agent", result.err)
+                self.utm.clear_faults()
+
+    def test_it_wants_a_command_and_a_running_machine(self) -> None:
+        self.assertEqual(self.km("exec", "a").code, 2)
+        self.assertEqual(self.km("exec", "nosuch", "--", "true").code, 3)
+        self.utm.change("km-a", status="stopped")
+        self.assertEqual(self.execute("true").code, 4)
+        self.assertEqual(self.utm.calls("exec"), [])
+
+    def test_input_from_a_terminal_is_refused(self) -> None:
+        terminal = self.km_tty("exec", "a", "--input", "--", "cat")
+        terminal.expect(b"not a terminal")
+        self.assertEqual(terminal.wait(), 2)
+
+
+class ByNameTest(Case):
+    """ssh, scp and others by the machine's name, through the stanza of ssh-config, and cp."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = self.sshd(2)
+        self.config(ssh_port=self.server.port, ssh_user=pwd.getpwuid(os.getuid()).pw_name)
+        for label in ("a", "b"):
+            self.utm.add(f"km-{label}", status="started")
+        self.use_stanza()
+
+    def use_stanza(self) -> None:
+        """As a person does who puts it before the rest of the configuration."""
+        stanza = self.km("ssh-config").out
+        with open(self.ssh_config, encoding="utf-8") as file:
+            rest = file.read()
+        with open(self.ssh_config, "w", encoding="utf-8") as file:
+            file.write(stanza + "Host *\n" + rest)
+
+    def by_name(self, *argv: str) -> Result:
+        return self.run_program([shutil.which(argv[0], path=self.environment["PATH"]) or argv[0], *argv[1:]])
+
+    def test_ssh_reaches_a_machine_by_name(self) -> None:
+        self.assertEqual(self.by_name("ssh", "km-a", "echo here; exit 7")[:2], (7, "here\n"))
+        self.assertEqual(self.utm.machine("km-a")["status"], "started")
+
+    def test_no_byte_of_a_session_passes_through_us(self) -> None:
+        process = self.start_program([os.path.join(self.bin, "ssh"), "km-a", "echo up; cat"], input_follows=True)
+        assert process.stdout and process.stdin
+        self.assertEqual(process.stdout.readline(), b"up\n")
+        wait_for(lambda: not any("proxy" in command for command in self.processes().values()))
+        out, _ = process.communicate(b"still here\n", timeout=20)
+        self.assertEqual(out, b"still here\n")
+
+    def test_programs_that_take_no_descriptor_are_served_through_a_pipe(self) -> None:
+        said = self.by_name("ssh", "-o", "ProxyUseFdpass=no", "km-a", "echo here; exit 7")
+        self.assertEqual(said[:2], (7, "here\n"))
+        self.assertNoChildrenLeft()
+
+    def test_a_changed_address_does_not_matter(self) -> None:
+        first = self.utm.machine("km-a")["ips"]
+        self.assertEqual(self.by_name("ssh", "km-a", "true").code, 0)
+        self.utm.change("km-a", status="stopped", ips=self.utm.machine("km-b")["ips"])
+        self.utm.change("km-b", ips=first)
+        self.assertIn("km-a is stopped", self.by_name("ssh", "km-a", "true").err)
+        self.assertEqual(self.utm.calls("start"), [], "editors poke at host names")
+        self.utm.change("km-a", status="started")
+        self.assertEqual(self.by_name("ssh", "km-a", "true").code, 0)
+
+    def test_another_host_key_is_refused(self) -> None:
+        self.assertEqual(self.by_name("ssh", "km-a", "true").code, 0)
+        self.server.replace_host_key()
+        result = self.by_name("ssh", "km-a", "echo here")
+        self.assertEqual((result.code, result.out), (255, ""))
+        self.assertIn("REMOTE HOST IDENTIFICATION HAS CHANGED", result.err)
+
+    def test_an_unknown_name_gets_one_line(self) -> None:
+        for name in ("km-nosuch", "km-km-a"):
+            result = self.by_name("ssh", name, "true")
+            self.assertEqual(result.code, 255)
+            self.assertIn("kodemachine: ", result.err)
+        self.assertEqual(self.utm.calls("clone"), [])
+
+    def test_scp_rsync_and_git_work_by_name(self) -> None:
+        source = os.path.join(self.home, "repo")
+        git = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
+        self.assertEqual(self.by_name("scp", "km-a:/etc/passwd", os.path.join(self.home, "x")).code, 0)
+        if shutil.which("rsync"):
+            self.environment["RSYNC_RSH"] = "ssh"
+            self.assertEqual(self.by_name("rsync", "km-a:/etc/passwd", os.path.join(self.home, "y")).code, 0)
+        if shutil.which("git"):
+            repo = os.path.join(self.folder, "repo")
+            self.by_name("git", *git, "init", "-q", repo)
+            self.by_name("git", "-C", repo, *git, "commit", "-q", "--allow-empty", "-m", "first")
+            cloned = self.by_name("git", "clone", "-q", f"km-a:{repo}", source)
+            self.assertEqual(cloned.code, 0, cloned.err)
+
+    def test_cp_goes_up_down_and_across(self) -> None:
+        folder = os.path.join(self.folder, "in the machine")
+        os.makedirs(os.path.join(self.home, "sub"))
+        os.makedirs(folder)
+        for name in ("one", "sub/two"):
+            with open(os.path.join(self.home, name), "w", encoding="utf-8") as file:
+                file.write(name)
+        for words in (
+            ["one", f"a:{folder}/"],
+            ["-r", "one", "sub", f"km-a:{folder}/"],
+            ["-r", f"a:{folder}/sub", "./back"],
+            [f"a:{folder}/one", f"b:{folder}/across"],
+        ):
+            result = self.km("cp", *words)
+            self.assertEqual(result.code, 0, (words, result.err))
+        found = [os.path.join(folder, "sub/two"), os.path.join(self.home, "back/two"), os.path.join(folder, "across")]
+        self.assertEqual([path for path in found if not os.path.exists(path)], [])
+
+    def test_cp_says_what_is_wrong_before_scp_runs(self) -> None:
+        self.utm.change("km-b", status="stopped")
+        for status, words in ((2, ["one"]), (2, ["one", "two"]), (3, ["one", "nosuch:"]), (4, ["b:one", "."])):
+            result = self.km("cp", *words)
+            self.assertEqual((result.code, result.err.startswith("kodemachine: ")), (status, True), words)
+        self.assertEqual(self.utm.calls(tool="scp"), [])
+
+    def test_install_includes_the_stanza_once_and_keeps_the_rest(self) -> None:
+        theirs = os.path.join(self.home, ".ssh", "config")
+        os.mkdir(os.path.dirname(theirs), 0o700)
+        with open(theirs, "w", encoding="utf-8") as file:
+            file.write("Host *\n  ForwardAgent yes\n")
+        for _ in range(2):
+            self.assertEqual(self.km("ssh-config", "--install").code, 0)
+        with open(theirs, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        self.assertEqual((len(lines), lines[2:]), (4, ["Host *", "  ForwardAgent yes"]))
+        with open(lines[0].split('"')[1], encoding="utf-8") as file:
+            self.assertEqual(file.read(), self.km("ssh-config").out)
+        with open(theirs + ".before-kodemachine", encoding="utf-8") as file:
+            self.assertEqual(file.read(), "Host *\n  ForwardAgent yes\n")
+
+    def test_the_stanza_follows_the_configuration(self) -> None:
+        self.config(prefix="dev-", ssh_user="me", identity_file="~/a key")
+        stanza = self.km("ssh-config").out
+        self.assertIn("Host dev-*\n", stanza)
+        self.assertIn("  User me\n", stanza)
+        self.assertIn(f'  IdentityFile "{self.home}/a key"\n', stanza)
+        self.assertNotRegex(stanza, "(?m)^ *(Port|HostKeyAlias)")
+        self.assertIn(json.dumps(self.home)[1:-1], stanza)
+
+
+# ---- install.sh and make
+
+
+
+
+class InstallTest(unittest.TestCase):
+    """install.sh in a checkout of its own, on a machine with nothing but the tools it may use."""
+
+    shell = shutil.which("dash") or "/bin/sh"
+    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "tail",
+             "uname")
+    program = """\
+#!/usr/bin/env python3
+'''Stands in for kodemachine: prints what it was run with.'''
+import sys
+__version__ = "{}"
+print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep="|")
+"""
+
+    def setUp(self) -> None:
+        scratch = tempfile.TemporaryDirectory(prefix="kode machine ")
+        self.addCleanup(scratch.cleanup)
+        self.top = os.path.realpath(scratch.name)
+        self.target = self.path("home/bin/kodemachine")
+        for folder in ("home", "tools", "stubs"):
+            os.mkdir(self.path(folder))
+        for tool in self.tools:
+            os.symlink(shutil.which(tool) or "", self.path("tools/" + tool))
+        with open(os.path.join(HERE, "install.sh"), encoding="utf-8") as file:
+            script = file.read()
+        # This machine's own interpreters are no part of the tests.
+        self.write("check out/install.sh", re.sub("/(opt/homebrew|usr/local)/", "/nonexistent/", script))
+        self.release("1.0.0")
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.top, name)
+
+    def write(self, name: str, text: str) -> str:
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        with open(self.path(name), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(self.path(name), 0o755)
+        return self.path(name)
+
+    def read(self, name: str) -> str:
+        with open(self.path(name), encoding="utf-8") as file:
+            return file.read()
+
+    def release(self, version: str) -> None:
+        self.write("check out/kodemachine.py", self.program.format(version))
+
+    def python(self, name: str) -> str:
+        """A script that hands over to this Python, as pyenv's shims do."""
+        return self.write(name, f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+
+    def old_python(self, name: str) -> str:
+        """This Python, claiming to be 3.8 in whatever it is asked by -IS -c CODE."""
+        claim = "import sys; sys.version_info = (3, 8, 18)"
+        return self.write(name, f'#!/bin/sh\nexec "{sys.executable}" -IS -c "{claim}; $3"\n')
+
+    def run_script(self, *args: str, **env: str) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr of install.sh, run from a folder that is not its own."""
+        home = {"HOME": self.path("home"), "PATH": self.path("stubs") + ":" + self.path("tools"),
+                "PYTHON": sys.executable, "SHELL": "/bin/zsh"}
+        done = subprocess.run([self.shell, self.path("check out/install.sh"), *args], env={**home, **env},
+                              cwd=self.top, stdin=subprocess.DEVNULL, capture_output=True,
+                              encoding="utf-8", timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    def install(self, *args: str, **env: str) -> str:
+        """Stdout of a run that must succeed without a word on stderr."""
+        code, out, err = self.run_script(*args, **env)
+        self.assertEqual((code, err), (0, ""), out)
+        return out
+
+    def first_line(self) -> str:
+        return self.read(self.target).partition("\n")[0]
+
+    def test_the_installed_copy_runs_isolated_on_the_chosen_python(self) -> None:
+        self.assertIn(f"installed kodemachine 1.0.0: {self.target} (Python ", self.install())
+        self.assertEqual(stat.S_IMODE(os.stat(self.target).st_mode), 0o755)
+        self.assertEqual(self.first_line(), f"#!{sys.executable} -IS")
+        out = subprocess.check_output([self.target, "a b"], encoding="utf-8")
+        python, *rest = out.rstrip("\n").split("|")
+        self.assertEqual(os.path.realpath(python), os.path.realpath(sys.executable))
+        self.assertEqual(rest, ["1", "1", "a b"])
+
+    def test_only_the_first_line_differs_from_the_source(self) -> None:
+        self.install()
+        source = self.read("check out/kodemachine.py")
+        self.assertEqual(self.read(self.target).partition("\n")[2], source.partition("\n")[2])
+
+    def test_the_real_kodemachine_is_recognised(self) -> None:
+        shutil.copy(os.path.join(HERE, "kodemachine.py"), self.path("check out"))
+        self.install()
+        self.assertIn(" is already up to date: ", self.install())
+
+    def test_a_second_run_changes_nothing_and_a_new_release_updates(self) -> None:
+        self.install()
+        before = os.stat(self.target)
+        self.assertIn("kodemachine 1.0.0 is already up to date: " + self.target, self.install())
+        self.assertEqual(os.stat(self.target).st_ino, before.st_ino)
+        self.release("1.1.0")
+        self.assertIn("updated kodemachine 1.0.0 -> 1.1.0: " + self.target, self.install())
+        self.assertEqual(os.listdir(self.path("home/bin")), ["kodemachine"])
+
+    def test_a_running_copy_is_replaced_and_not_rewritten(self) -> None:
+        self.install()
+        with open(self.target, encoding="utf-8") as running:
+            self.release("1.1.0")
+            self.install()
+            self.assertIn('"1.0.0"', running.read())
+
+    def test_prefix_may_be_relative_or_have_blanks_or_a_tilde(self) -> None:
+        for prefix, folder in (("a prefix", "a prefix"), ("~/tools/", "home/tools"),
+                               (self.path("absolute"), "absolute")):
+            with self.subTest(prefix):
+                self.install("--prefix", prefix)
+                self.assertTrue(os.access(self.path(folder + "/bin/kodemachine"), os.X_OK))
+
+    def test_destdir_stages_and_says_nothing_about_this_machine(self) -> None:
+        out = self.install("--prefix=/opt/kode", DESTDIR=self.path("stage"))
+        self.assertTrue(os.path.exists(self.path("stage/opt/kode/bin/kodemachine")))
+        self.assertNotIn("note:", out)
+
+    def test_uninstall_removes_only_the_program_and_names_what_stays(self) -> None:
+        self.install()
+        self.write("home/bin/other", "")
+        config = self.write("home/.config/kodemachine/config.json", "{}")
+        out = self.install("--uninstall", XDG_STATE_HOME="/elsewhere")
+        self.assertIn("removed kodemachine 1.0.0: " + self.target, out)
+        self.assertIn(os.path.dirname(config) + " (configuration)", out)
+        self.assertIn("/elsewhere/kodemachine (state)", out)
+        self.assertEqual(os.listdir(self.path("home/bin")), ["other"])
+        self.assertTrue(os.path.exists(config))
+        self.assertIn("kodemachine is not installed: " + self.target, self.install("--uninstall"))
+
+    def test_another_program_of_that_name_is_neither_replaced_nor_removed(self) -> None:
+        self.write("home/bin/kodemachine", "#!/bin/sh\necho mine\n")
+        for args in ((), ("--uninstall",)):
+            with self.subTest(args):
+                code, out, err = self.run_script(*args)
+                self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+                self.assertIn(f"{self.target} is not kodemachine", err)
+        self.assertEqual(self.read(self.target), "#!/bin/sh\necho mine\n")
+
+    def test_a_folder_or_a_dangling_link_of_that_name_is_left_alone(self) -> None:
+        os.makedirs(self.target)
+        self.assertEqual(self.run_script()[0], 1)
+        os.rmdir(self.target)
+        os.symlink("nowhere", self.target)
+        self.assertEqual(self.run_script()[0], 1)
+        self.assertEqual(os.readlink(self.target), "nowhere")
+
+    def test_a_link_to_the_checkout_is_replaced_and_the_checkout_kept(self) -> None:
+        os.mkdir(self.path("home/bin"))
+        os.symlink(self.path("check out/kodemachine.py"), self.target)
+        self.install()
+        self.assertFalse(os.path.islink(self.target))
+        self.assertEqual(self.read("check out/kodemachine.py"), self.program.format("1.0.0"))
+
+    def test_a_python_that_is_too_old_is_passed_over(self) -> None:
+        old = self.old_python("old/python3")
+        self.python("stubs/python3")
+        out = self.install(PYTHON=old)
+        self.assertIn(f"passed over: {old} (3.8.18)\n", out)
+        self.assertIn(f", {sys.executable})\n", out)
+
+    def test_without_a_usable_python_one_line_says_what_was_found(self) -> None:
+        old = self.old_python("old/python3")
+        broken = self.write("stubs/python3", "#!/bin/sh\nexit 127\n")
+        code, out, err = self.run_script(PYTHON=old)
+        self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+        self.assertIn(f"no Python 3.9 or newer, found: {old} (3.8.18), {broken} (unusable)", err)
+        self.assertIn("xcode-select --install", err)
+        self.assertFalse(os.path.exists(self.path("home/bin")))
+
+    def test_a_virtual_environment_on_path_is_passed_over(self) -> None:
+        self.python("venv/bin/python3")
+        self.write("venv/pyvenv.cfg", "")
+        path = self.path("venv/bin") + ":" + self.path("tools")
+        self.assertIn("found: none", self.run_script(PYTHON="", PATH=path)[2])
+
+    def test_apples_python_is_only_reached_through_xcode_select(self) -> None:
+        self.write("stubs/uname", "#!/bin/sh\necho Darwin\n")
+        self.write("stubs/xcode-select", "#!/bin/sh\nexit 2\n")
+        self.assertIn("found: none", self.run_script(PYTHON="/usr/bin/python3")[2])
+        self.write("stubs/xcode-select", f"#!/bin/sh\necho '{self.path('clt')}'\n")
+        self.python("clt/usr/bin/python3")
+        self.assertIn(f", {sys.executable})\n", self.install(PYTHON="/usr/bin/python3"))
+
+    def test_a_shim_is_resolved_to_the_interpreter_behind_it(self) -> None:
+        self.assertIn(f", {sys.executable})\n", self.install(PYTHON=self.python("shims/python3")))
+        self.assertEqual(self.first_line(), f"#!{sys.executable} -IS")
+
+    def test_a_path_that_does_not_fit_the_first_line_is_looked_up_by_env(self) -> None:
+        long = tempfile.TemporaryDirectory(prefix="long" * 30)
+        self.addCleanup(long.cleanup)
+        for folder in (self.path("stubs"), long.name):
+            with self.subTest(folder):
+                python = os.path.join(folder, "python3")
+                os.symlink(sys.executable, python)
+                self.install(PYTHON=python)
+                self.assertEqual(self.first_line(), "#!/usr/bin/env python3")
+
+    def test_path_is_matched_exactly(self) -> None:
+        for entry, noted in (("home/bin", False), ("home/bin/", False), ("home/bin2", True), ("home", True)):
+            with self.subTest(entry):
+                out = self.install(PATH=self.path("tools") + ":" + self.path(entry))
+                self.assertEqual(f"note: {self.path('home/bin')} is not on PATH" in out, noted)
+
+    def test_the_path_note_has_the_line_for_the_shell_in_use(self) -> None:
+        for shell, file, line in (("/bin/zsh", ".zshrc", 'export PATH="{}:$PATH"'),
+                                  ("/bin/bash", ".bashrc", 'export PATH="{}:$PATH"'),
+                                  ("/usr/bin/fish", ".config/fish/config.fish", 'fish_add_path "{}"'),
+                                  ("/bin/ksh", ".profile", 'export PATH="{}:$PATH"')):
+            with self.subTest(shell):
+                self.write("stubs/uname", "#!/bin/sh\necho Linux\n")
+                line = line.format(self.path("home/bin"))
+                out = self.install(SHELL=shell)
+                self.assertIn(f"is not on PATH; add this line to ~/{file}:\n  {line}\n", out)
+                self.assertFalse(os.path.exists(self.path("home/" + file)))
+
+    def test_missing_companions_are_notes_and_no_error(self) -> None:
+        out = self.install()
+        self.assertIn("note: ssh is missing", out)
+        utm = os.path.exists("/Applications/UTM.app/Contents/MacOS/utmctl")
+        self.assertEqual("note: UTM is missing; brew install --cask utm" in out, not utm)
+        self.write("home/Applications/UTM.app/Contents/MacOS/utmctl", "#!/bin/sh\n")
+        self.write("stubs/ssh", "#!/bin/sh\n")
+        self.assertNotIn("is missing", self.install())
+
+    def test_a_mistake_on_the_command_line_is_status_2(self) -> None:
+        for args in (("--wat",), ("extra",), ("--prefix",), ("--prefix", ""), ("--prefix", "--uninstall")):
+            with self.subTest(args):
+                code, out, err = self.run_script(*args)
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+        self.assertIn("--uninstall", self.install("--help"))
+        self.assertFalse(os.path.exists(self.path("home/bin")))
+
+
+class InstallUnderBashTest(InstallTest):
+    """The same under the shell that is /bin/sh on macOS."""
+
+    shell = shutil.which("bash") or "/bin/sh"
+
+
+class MakefileTest(unittest.TestCase):
+    def make(self, *args: str) -> str:
+        # MAKEFLAGS of a `make test` around us would change what is printed.
+        env = {"PATH": os.environ["PATH"]}
+        return subprocess.check_output(["make", "-C", HERE, "--no-print-directory", *args], env=env,
+                                       encoding="utf-8")
+
+    def test_help_comes_first_and_lists_every_target(self) -> None:
+        with open(os.path.join(HERE, "Makefile"), encoding="utf-8") as file:
+            targets = re.findall(r"^\.PHONY: (.*)$", file.read(), re.MULTILINE)[0].split()
+        listed = re.findall(r"^  make (\S+) +\S.*$", self.make(), re.MULTILINE)
+        self.assertEqual(listed, targets)
+
+    def test_a_prefix_is_passed_on_only_when_given(self) -> None:
+        self.assertEqual(self.make("-n", "install").split(), ["sh", "install.sh"])
+        self.assertEqual(self.make("-n", "uninstall", "PREFIX=/a b"),
+                         'sh install.sh --prefix "/a b" --uninstall\n')
+
+
+# ---- the everyday verbs
+
+
+JSON_KEYS = ["label", "name", "uuid", "status", "ip", "image", "memory", "size", "frees", "created"]
+IMAGE = "kodeimage-v0.2.0"
+PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "Fake" * 10 + "Fak"
+
+
+class FleetCase(Case):
+    """A fleet, and what kodemachine remembers of it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.state = os.path.join(self.home, ".local", "state", "kodemachine")
+
+    def km_with(self, patience: dict[str, Any], *args: str) -> Result:
+        return self.run_program(self.command(*args, patience=patience))
+
+    def vm(self, label: str, status: str = "stopped", **fields: Any) -> str:
+        return self.utm.add("km-" + label, status=status, **fields)
+
+    def remember(self, **records: dict[str, Any]) -> None:
+        """Adds to machines.json; the keys are labels."""
+        known = self.records()
+        for label, fields in records.items():
+            known.setdefault(self.utm.machine("km-" + label)["uuid"], {"name": "km-" + label}).update(fields)
+        self.write_state("machines.json", json.dumps(known))
+
+    def write_state(self, name: str, text: str) -> None:
+        os.makedirs(self.state, 0o700, exist_ok=True)
+        with open(os.path.join(self.state, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def read_state(self, name: str) -> str:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.state, name), encoding="utf-8") as file:
+            return file.read()
+        return ""
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        return dict(json.loads(self.read_state("machines.json") or "{}"))
+
+    def record(self, label: str) -> dict[str, Any]:
+        """What is recorded of a machine that is there."""
+        return self.records().get(self.utm.machine("km-" + label)["uuid"], {})
+
+    def documents(self) -> str:
+        """From now on machines are packages on disk too."""
+        folder = os.path.join(self.folder, "Documents of UTM")
+        os.mkdir(folder)
+        self.utm.option(documents=folder)
+        self.config(documents=folder)
+        return folder
+
+    def asked(self, verb: str) -> list[list[str]]:
+        """The arguments of the calls of one verb."""
+        return [call["argv"][1:] for call in self.utm.calls(verb)]
+
+    def wait_until_asked(self, verb: str, uuid: str) -> None:
+        wait_for(lambda: any(args[0] == uuid for args in self.asked(verb)))
+
+    def states(self) -> dict[str, str]:
+        return {vm["name"]: vm["status"] for vm in self.utm.machines()}
+
+    def listed(self, *args: str) -> dict[str, dict[str, Any]]:
+        """`list --json`, by name."""
+        result = self.km("list", "--json", *args)
+        self.assertEqual(result.code, 0, result.err)
+        return {machine["name"]: machine for machine in json.loads(result.out)}
+
+    @contextlib.contextmanager
+    def held_lock(self, name: str) -> Iterator[None]:
+        """Another kodemachine is at work."""
+        os.makedirs(os.path.join(self.state, "locks"), exist_ok=True)
+        with open(os.path.join(self.state, "locks", name + ".lock"), "w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def screen(self, *args: str, columns: int = 80, **env: str) -> Terminal:
+        """kodemachine on a terminal of that width, which is set before it starts."""
+        resize = ["/bin/sh", "-c", f'stty cols {columns} rows 24 && exec "$@"', "sh"]
+        terminal = Terminal([*resize, *self.command(*args)], {**self.environment, **env}, self.home)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def assert_says(self, result: Result, code: int, *words: str) -> None:
+        self.assertEqual(result.code, code, result.err)
+        for word in words:
+            self.assertIn(word, result.err)
+
+    def with_sshd(self, **settings: Any) -> Sshd:
+        """An image, and guests that can be reached by ssh."""
+        sshd = self.sshd()
+        self.image()
+        self.config(ssh_port=sshd.port, **settings)
+        return sshd
+
+
+def hours_ago(hours: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - hours * 3600))
+
+
+def allocated(folder: str) -> int:
+    """Bytes in blocks that the files in a folder occupy."""
+    found = [os.lstat(os.path.join(top, name)) for top, _, names in os.walk(folder) for name in names]
+    return sum({(info.st_dev, info.st_ino): info.st_blocks * 512 for info in found}.values())
+
+
+class ListTest(FleetCase):
+    """list: the fleet at a glance."""
+
+    def fleet(self) -> None:
+        self.image()
+        self.utm.add("Windows 11", status="started", ips=["10.0.0.9"])
+        self.vm("web", "started", ips=["fd00::7", "172.17.0.1", "192.168.64.5"])
+        self.vm("db")
+        self.vm("idle", "paused")
+        self.remember(web={"image": {"name": IMAGE, "uuid": "-"}, "created": hours_ago(3.1)}, db={"saved": True})
+
+    def test_a_row_tells_label_state_address_image_and_age_and_a_dash_what_is_unknown(self) -> None:
+        self.fleet()
+        result = self.km("list")
+        self.assertEqual((result.code, result.err), (0, ""))
+        self.assertEqual(
+            [line.split() for line in result.out.splitlines()],
+            [
+                ["LABEL", "STATUS", "IP", "IMAGE", "MEMORY", "SIZE", "FREES", "AGE"],
+                ["web", "started", "192.168.64.5", IMAGE, "-", "-", "-", "3h"],
+                ["db", "stopped", "(saved)", "-", "-", "-", "-", "-", "-"],
+                ["idle", "paused", "-", "-", "-", "-", "-", "-"],
+            ],
+        )
+        self.assertEqual(self.km("ls"), result)
+
+    def test_images_and_foreign_machines_are_shown_only_with_all(self) -> None:
+        self.fleet()
+        self.assertEqual(self.km("list", "-q").out.splitlines(), ["web", "db", "idle"])
+        self.assertEqual(self.km("list", "-a", "-q").out.splitlines(), [IMAGE, "Windows 11", "web", "db", "idle"])
+        self.assertEqual(list(self.listed("-a")), [IMAGE, "Windows 11", "km-web", "km-db", "km-idle"])
+
+    def test_json_has_its_keys_in_order_with_iso_times_and_null_where_unknown(self) -> None:
+        self.fleet()
+        documents = self.documents()
+        machines = self.listed("-a")
+        for machine in machines.values():
+            self.assertEqual(list(machine), JSON_KEYS)
+        web, foreign = machines["km-web"], machines["Windows 11"]
+        self.assertEqual(
+            (web["label"], web["status"], web["ip"], web["image"]), ("web", "started", "192.168.64.5", IMAGE)
+        )
+        self.assertEqual((web["memory"], web["size"]), (4 << 30, allocated(os.path.join(documents, "km-web.utm"))))
+        self.assertRegex(web["created"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")
+        self.assertEqual(
+            (foreign["label"], foreign["ip"], foreign["image"], foreign["created"]), (None, "10.0.0.9", None, None)
+        )
+        self.assertIsNone(machines["km-db"]["ip"])
+        self.assertIsNone(machines[IMAGE]["label"])
+
+    def test_no_machines_are_an_empty_array_and_a_line_on_stderr(self) -> None:
+        self.image()
+        self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""))
+        self.assert_says(self.km("list"), 0, "no machines yet")
+
+    def test_it_costs_one_list_and_one_question_per_running_machine(self) -> None:
+        self.fleet()
+        self.vm("api", "started")
+        for args, verbs in (
+            ((), ["ip-address"] * 2 + ["list"]),
+            (("-a",), ["ip-address"] * 3 + ["list"]),
+            (("--no-ip",), ["list"]),
+            (("--no-ip", "--json"), ["list"]),
+            (("-q",), ["list"]),
+        ):
+            before = len(self.utm.calls())
+            self.assertEqual(self.km("list", *args).code, 0)
+            self.assertEqual(sorted(self.utm.verbs()[before:]), verbs, args)
+        self.assertEqual(self.utm.calls(tool="osascript"), [])
+
+    def test_a_neighbour_of_unknown_state_costs_only_its_own_row(self) -> None:
+        self.fleet()
+        self.utm.fault("list", unknown=["km-db", "Windows 11"], error=-1712)
+        self.assertEqual(
+            [(m["name"], m["status"], m["ip"]) for m in self.listed().values()],
+            [("km-web", "started", "192.168.64.5"), ("km-db", "unknown", None), ("km-idle", "paused", None)],
+        )
+
+    def test_a_row_without_a_name_costs_a_warning_and_no_other_row(self) -> None:
+        self.fleet()
+        self.utm.fault("list", blank=True)
+        result = self.km("list", "-q")
+        self.assertEqual((result.code, result.out), (0, "web\ndb\nidle\n"))
+        self.assertIn("incomplete", result.err)
+
+    def test_a_half_made_clone_and_one_being_deleted_are_no_trouble(self) -> None:
+        image = self.image()
+        self.vm("web", "started", ips=["192.168.64.5"])
+        self.vm("gone", "started")
+        with self.utm.fake as utm:
+            utm.insert(FakeUTM.new_uuid(), image)
+        self.utm.fault("ip-address", vm="km-gone", lookup=True)
+        result = self.km("list", "-a", "-q")
+        self.assertEqual(result.out.splitlines(), [IMAGE, IMAGE + " 2", "web", "gone"])
+        self.assertEqual(
+            {name: m["ip"] for name, m in self.listed().items()}, {"km-web": "192.168.64.5", "km-gone": None}
+        )
+
+    def test_thirty_clones_are_all_there_though_one_agent_hangs_and_one_machine_vanishes(self) -> None:
+        self.image()
+        for n in range(30):
+            self.vm(f"m{n:02}", "started" if n < 10 else "stopped", ips=[f"192.168.64.{n + 2}"])
+        self.utm.fault("ip-address", vm="km-m03", hang=True)
+        self.utm.fault("ip-address", vm="km-m07", lookup=True)
+        result = self.km_with({"ADDRESS_LIMIT": 1.0}, "list")
+        want = [
+            [f"m{n:02}", "started", "-" if n in (3, 7) else f"192.168.64.{n + 2}"]
+            if n < 10
+            else [f"m{n:02}", "stopped", "-"]
+            for n in range(30)
+        ]
+        self.assertEqual([line.split()[:3] for line in result.out.splitlines()[1:]], want)
+        self.assertEqual((result.code, result.err), (0, ""))
+        self.assertNoChildrenLeft()
+
+    def test_the_table_fits_its_terminal(self) -> None:
+        self.fleet()
+        self.vm("a-rather-long-label", "started", ips=["192.168.64.200"])
+        for columns, kept in ((40, ["LABEL", "STATUS"]), (80, ["LABEL", "STATUS", "IP"])):
+            terminal = self.screen("list", columns=columns)
+            self.assertEqual(terminal.wait(), 0)
+            lines = terminal.seen.decode().splitlines()
+            self.assertEqual(len(lines), 5)
+            self.assertLessEqual(max(map(len, lines)), columns, lines)
+            self.assertEqual(lines[0].split()[: len(kept)], kept)
+            self.assertIn("a-rather-long-label", lines[4])
+
+    def test_piped_it_is_plain_and_whole(self) -> None:
+        self.fleet()
+        out = self.km("list", "-a", env={"TERM": "xterm-256color", "COLUMNS": "20"}).out
+        self.assertEqual(re.findall(r"[^\x20-\x7e\n]", out), [])
+        self.assertIn("AGE", out)
+
+    def test_looking_writes_nothing(self) -> None:
+        self.fleet()
+        looks: list[list[str]] = [
+            ["list"],
+            ["list", "-a", "--json"],
+            ["status"],
+            ["status", "web"],
+            ["ip", "web", "--all"],
+        ]
+
+        def files() -> dict[str, tuple[int, bytes]]:
+            found = {}
+            for top, folders, names in os.walk(self.home):
+                for name in [*folders, *names]:
+                    path = os.path.join(top, name)
+                    with contextlib.suppress(IsADirectoryError), open(path, "rb") as file:
+                        found[path] = (os.stat(path).st_mtime_ns, file.read())
+                    found.setdefault(path, (os.stat(path).st_mtime_ns, b""))
+            return found
+
+        self.remember(db={"rm": True})
+        for state in ("remembered", "nothing remembered"):
+            with self.subTest(state):
+                before = files()
+                for args in looks if state == "remembered" else looks[::2]:
+                    self.assertEqual(self.km(*args).code, 0, args)
+                self.assertEqual(files(), before)
+            shutil.rmtree(os.path.join(self.home, ".local"), ignore_errors=True)
+
+    def test_what_a_terminal_would_obey_in_a_name_never_reaches_it(self) -> None:
+        hostile = "evil\x1b]0;owned\x07\x1b[31m\r\x0b\x85\u2028\u202e\x9b2J"
+        self.fleet()
+        self.utm.add(hostile, status="started")
+        self.remember(web={"image": {"name": "img\x1b[2J\nx", "uuid": "-"}, "created": "\x1b[2J"})
+        for args in (
+            ["list"],
+            ["list", "-a"],
+            ["list", "-a", "-q"],
+            ["list", "-a", "--json"],
+            ["status", "web"],
+            ["-v", "list", "-a"],
+            ["start", "-d", "x", "--base", hostile],
+            ["stop", hostile],
+        ):
+            result = self.km(*args)
+            self.assertTrue((result.out + result.err).replace("\n", "").isprintable(), result)
+        self.assertIn(hostile, self.listed("-a"))
+
+    def test_a_record_that_makes_no_sense_is_a_dash(self) -> None:
+        self.fleet()
+        nonsense: dict[str, Any]
+        for nonsense in (
+            {"created": 7, "image": "x"},
+            {"created": "yesterday", "image": {"name": None}},
+            {"created": [], "image": []},
+        ):
+            self.remember(web=nonsense)
+            line = self.km("list").out.splitlines()[1].split()
+            self.assertEqual([line[0], line[3], line[-1]], ["web", "-", "-"])
+            self.assertEqual(self.km("purge", "--all", "--dry-run", "--older-than", "1s", "--image", "x").code, 0)
+
+
+class BundleTest(FleetCase):
+    """What lies on disk is optional knowledge."""
+
+    def test_memory_size_and_what_deleting_frees_come_from_the_bundle(self) -> None:
+        folder = os.path.join(self.documents(), "km-web.utm")
+        self.vm("web", memory=2048, disk=300_000)
+        os.link(os.path.join(folder, "Data", "disk.qcow2"), os.path.join(self.folder, "kept"))
+        kept = os.stat(os.path.join(self.folder, "kept")).st_blocks * 512
+        web = self.listed()["km-web"]
+        self.assertEqual((web["memory"], web["size"]), (2 << 30, allocated(folder)))
+        self.assertGreater(kept, 0)
+        self.assertLessEqual(web["frees"], web["size"] - kept)
+        if sys.platform != "darwin":  # there a file's private size may be less than its blocks
+            self.assertEqual(web["frees"], web["size"] - kept)
+        os.unlink(os.path.join(self.folder, "kept"))
+        if sys.platform != "darwin":
+            self.assertEqual(self.listed()["km-web"]["frees"], web["size"])
+
+    def test_a_bundle_that_is_not_as_it_should_be_costs_a_dash_and_hangs_nobody(self) -> None:
+        documents = self.documents()
+        self.vm("good")
+        plist = os.path.join(documents, "km-{}.utm", "config.plist")
+
+        def text(label: str, body: str) -> None:
+            with open(plist.format(label), "w", encoding="utf-8") as file:
+                file.write(body)
+
+        def rewritten(label: str, old: str, new: str) -> None:
+            with open(plist.format(label), encoding="utf-8") as file:
+                body = file.read()
+            self.assertIn(old, body)
+            text(label, body.replace(old, new))
+
+        spoiled = (
+            "fifo",
+            "folder",
+            "missing",
+            "garbage",
+            "binary",
+            "gigantic",
+            "deep",
+            "bomb",
+            "foreign",
+            "link",
+            "loop",
+            "words",
+            "infinite",
+            "list",
+            "nobundle",
+        )
+        for label in spoiled:
+            self.vm(label)
+            if label in ("fifo", "folder", "missing", "loop"):
+                os.unlink(plist.format(label))
+        os.mkfifo(plist.format("fifo"))
+        os.mkdir(plist.format("folder"))
+        os.symlink("config.plist", plist.format("loop"))
+        text("garbage", "<plist><dict>")
+        text("list", "<plist><array/></plist>")
+        text("deep", "<plist>" + "<array>" * 100_000)
+        text(
+            "bomb",
+            '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><plist><string>&b;</string></plist>',
+        )
+        with open(plist.format("binary"), "wb") as octets:
+            octets.write(b"bplist00" + bytes(range(256)) * 8)
+        os.truncate(plist.format("gigantic"), 1 << 32)
+        rewritten("foreign", self.utm.machine("km-foreign")["uuid"], self.utm.machine("km-good")["uuid"])
+        rewritten("words", "<integer>4096</integer>", "<string>much</string>")
+        rewritten("infinite", "<integer>4096</integer>", "<real>inf</real>")
+        for label in ("link", "nobundle"):
+            shutil.rmtree(os.path.dirname(plist.format(label)))
+        os.symlink("km-good.utm", os.path.dirname(plist.format("link")))
+        machines = self.listed()
+        for label in spoiled:
+            on_disk = {machines["km-" + label][key] for key in ("memory", "size", "frees")}
+            self.assertEqual(on_disk, {None}, label)
+        self.assertEqual(machines["km-good"]["memory"], 4 << 30)
+
+    def test_without_the_folder_there_are_dashes(self) -> None:
+        self.config(documents=os.path.join(self.folder, "not there"))
+        self.vm("web")
+        self.assertEqual(self.km("list").out.splitlines()[1].split(), ["web", "stopped", *"------"])
+
+    def test_reading_that_hangs_is_given_up_and_costs_only_what_it_would_have_told(self) -> None:
+        self.documents()
+        self.vm("web", "started", ips=["192.168.64.5"])
+        # As macOS does, while it asks the person whether the terminal may look into another application's data.
+        hang = "import os, time\nos.scandir = lambda path: time.sleep(3600)\n"
+        argv = self.command("list", patience={"DISK_LIMIT": 0.2})
+        argv[argv.index(self.LAUNCH)] = hang + self.LAUNCH
+        result = self.run_program(argv)
+        self.assertEqual((result.code, result.err), (0, ""))
+        self.assertEqual(
+            result.out.splitlines()[1].split(), ["web", "started", "192.168.64.5", "-", "-", "-", "-", "-"]
+        )
+
+
+class DiskTest(unittest.TestCase):
+    """Honest numbers: the kernel's own, and Apple's documented structures byte for byte."""
+
+    def setUp(self) -> None:
+        self.folder = os.path.join(os.path.realpath(self.enterTemporary()), "km-x.utm")
+        os.makedirs(os.path.join(self.folder, "Data"))
+
+    def enterTemporary(self) -> str:  # noqa: N802 (enterContext, which 3.9 lacks)
+        import tempfile
+
+        temporary = tempfile.TemporaryDirectory(prefix="kodemachine-test-")
+        self.addCleanup(temporary.cleanup)
+        return temporary.name
+
+    def write(self, name: str, size: int, sparse: int = 0) -> int:
+        """A file in the bundle; returns the bytes of its blocks."""
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as file:
+            file.write(os.urandom(size))
+            file.truncate(size + sparse)
+            os.fsync(file.fileno())
+        return os.stat(path).st_blocks * 512
+
+    def assert_usage(self, size: int, frees: int) -> None:
+        found = kodemachine.disk_usage(self.folder)
+        if sys.platform == "darwin":  # the private size, which may be less
+            self.assertEqual((found[0], found[1] <= frees), (size, True))
+        else:
+            self.assertEqual(found, (size, frees))
+
+    def test_holes_occupy_nothing(self) -> None:
+        blocks = self.write("Data/disk.qcow2", 100_000, sparse=1 << 30)
+        self.assertLess(blocks, 1 << 20)
+        self.assert_usage(blocks, blocks)
+
+    def test_a_file_with_two_names_inside_counts_once_and_is_freed(self) -> None:
+        blocks = self.write("Data/disk.qcow2", 100_000)
+        os.link(os.path.join(self.folder, "Data/disk.qcow2"), os.path.join(self.folder, "again"))
+        self.assert_usage(blocks, blocks)
+
+    def test_a_file_with_a_name_outside_is_not_freed(self) -> None:
+        mine, shared = self.write("config.plist", 5_000), self.write("Data/disk.qcow2", 100_000)
+        os.link(os.path.join(self.folder, "Data/disk.qcow2"), self.folder + ".copy")
+        self.assert_usage(mine + shared, mine)
+
+    def test_links_are_not_followed_and_only_regular_files_count(self) -> None:
+        blocks = self.write("config.plist", 5_000)
+        os.symlink(self.folder, os.path.join(self.folder, "Data", "loop"))
+        os.symlink("/", os.path.join(self.folder, "Data", "root"))
+        os.symlink("nowhere", os.path.join(self.folder, "Data", "dangling"))
+        os.mkfifo(os.path.join(self.folder, "Data", "fifo"))
+        self.assert_usage(blocks, blocks)
+
+    # <sys/attr.h>: ATTR_BIT_MAP_COUNT 5; ATTR_CMN_RETURNED_ATTRS 0x80000000, in commonattr;
+    # ATTR_CMNEXT_PRIVATESIZE 0x00000008, in forkattr with FSOPT_ATTR_CMN_EXTENDED 0x20; FSOPT_NOFOLLOW 0x1.
+    REQUEST = {  # struct attrlist
+        "bitmapcount": (5, 2), "reserved": (0, 2), "commonattr": (0x80000000, 4), "volattr": (0, 4), "dirattr": (0, 4),
+        "fileattr": (0, 4), "forkattr": (0x8, 4),
+    }  # fmt: skip
+
+    @staticmethod
+    def answer(size: int, length: int = 32, fork: int = 0x8) -> bytes:
+        """u_int32_t length; attribute_set_t returned, five groups; off_t size, packed to 4 bytes; the rest of 64."""
+        words = (length, 0x80000000, 0, 0, 0, fork)
+        packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words) + size.to_bytes(
+            8, sys.byteorder, signed=True
+        )
+        return packed.ljust(64, b"\xaa")
+
+    def test_the_request_is_apples_struct_attrlist(self) -> None:
+        want = b"".join(value.to_bytes(width, sys.byteorder) for value, width in self.REQUEST.values())
+        self.assertEqual((kodemachine.attribute_request(), len(want)), (want, 24))
+
+    def test_the_answer_is_a_length_the_returned_groups_and_the_size(self) -> None:
+        for size in (0, 4096, 5 << 30, (1 << 63) - 1):
+            self.assertEqual(kodemachine.parse_private_size(self.answer(size)), size)
+        for nothing in (self.answer(4096, fork=0), self.answer(4096, length=24), self.answer(-1), bytes(64)):
+            self.assertIsNone(kodemachine.parse_private_size(nothing))
+
+    def test_getattrlist_is_called_as_documented(self) -> None:
+        asked: list[tuple[Any, ...]] = []
+
+        class Library:
+            """libc of a Mac."""
+
+            status = 0
+
+            def getattrlist(self, path: bytes, request: Any, answer: Any, size: Any, options: Any) -> int:
+                asked.append((path, request.raw, size.value, options.value))
+                answer.raw = DiskTest.answer(12345)
+                return self.status
+
+        library = Library()
+        with mock.patch.object(ctypes, "CDLL", lambda *_, **__: library):
+            self.assertEqual(kodemachine.private_size("/a b"), 12345)
+            library.status = -1  # a file system that does not know it
+            self.assertIsNone(kodemachine.private_size("/a b"))
+        self.assertEqual(asked[0], (b"/a b", kodemachine.attribute_request(), 64, 0x21))
+
+
+class StatusTest(FleetCase):
+    """status and ip: one machine in full, the installation at a glance, the one address that answers."""
+
+    def test_a_machine_in_full(self) -> None:
+        self.documents()
+        uuid = self.vm("web", "started", ips=["fe80::1", "172.17.0.1", "192.168.64.5", "fd00::7"])
+        created = hours_ago(1)
+        self.remember(web={"image": {"name": IMAGE, "uuid": "-"}, "created": created})
+        facts = json.loads(self.km("status", "web", "--json").out)
+        self.assertEqual(list(facts), [*JSON_KEYS, "addresses"])
+        self.assertEqual(facts["addresses"], ["192.168.64.5", "fd00::7", "172.17.0.1", "fe80::1"])
+        self.assertEqual(self.utm.verbs(), ["list", "ip-address"])
+        lines = dict(line.split(":", 1) for line in self.km("status", "web").out.splitlines())
+        self.assertEqual(list(lines), list(facts))
+        self.assertEqual(
+            {key: lines[key].strip() for key in ("uuid", "ip", "image", "memory", "created", "addresses")},
+            {
+                "uuid": uuid,
+                "ip": "192.168.64.5",
+                "image": IMAGE,
+                "memory": "4.0G",
+                "created": created,
+                "addresses": "192.168.64.5, fd00::7, 172.17.0.1, fe80::1",
+            },
+        )
+        self.assertEqual(self.km("info", "km-web", "--json").out, json.dumps(facts, indent=1) + "\n")
+
+    def test_a_stopped_machine_is_not_asked_for_addresses(self) -> None:
+        self.vm("web")
+        facts = json.loads(self.km("status", "web", "--json").out)
+        self.assertEqual((facts["status"], facts["ip"], facts["addresses"]), ("stopped", None, []))
+        self.assertEqual(self.utm.verbs(), ["list"])
+        self.assertRegex(self.km("status", "web").out, r"(?m)^addresses: +-$")
+
+    def test_the_installation_at_a_glance(self) -> None:
+        self.image("kodeimage-v0.10.0")
+        self.image()
+        for label, status in (("a", "started"), ("b", "stopped"), ("c", "started")):
+            self.vm(label, status)
+        self.utm.add("foreign", status="started")
+        facts = json.loads(self.km("status", "--json").out)
+        self.assertEqual(
+            facts,
+            {
+                "version": kodemachine.__version__,
+                "utm": "5.0.3",
+                "utmctl": os.path.join(self.bin, "utmctl"),
+                "image": "kodeimage-v0.10.0",
+                "machines": {"started": 2, "stopped": 1},
+                "config": os.path.join(self.home, ".config", "kodemachine", "config.json"),
+                "state": self.state,
+            },
+        )
+        self.assertIn("machines:   2 started, 1 stopped\n", self.km("status").out)
+
+    def test_an_installation_without_image_or_version_or_machines_is_shown_all_the_same(self) -> None:
+        self.utm.add("foreign")
+        self.utm.option(version=None)
+        result = self.km("status", "--json")
+        self.assert_says(result, 0, "no image")
+        facts = json.loads(result.out)
+        self.assertEqual((facts["utm"], facts["image"], facts["machines"]), (None, None, {}))
+        self.assertIn("machines:   none\n", self.km("status").out)
+
+    def test_ip_is_the_one_address_that_answers_alone_on_stdout(self) -> None:
+        sshd = self.with_sshd()
+        self.vm("web", "started", ips=["127.0.0.9", "127.0.0.8", *sshd.hosts])
+        self.assertEqual(self.km("ip", "web"), (0, sshd.hosts[0] + "\n", ""))
+
+    def test_ip_all_tells_every_address_likeliest_first(self) -> None:
+        self.vm("web", "started", ips=["fe80::1", "100.64.0.1", "192.168.64.5"])
+        self.assertEqual(self.km("ip", "web", "--all"), (0, "192.168.64.5\n100.64.0.1\nfe80::1\n", ""))
+
+    def test_ip_waits_as_long_as_it_is_told(self) -> None:
+        sshd = self.with_sshd()
+        uuid = self.vm("web", "starting", ips=sshd.hosts, agent_after=0.5)
+        with self.utm.fake as utm:
+            utm.later(0.5, "become", uuid, "starting", "started")
+        self.assert_says(self.km("ip", "web"), 4, "km-web is starting")
+        self.assertEqual(self.km("ip", "web", "--wait", "20").out, sshd.hosts[0] + "\n")
+        self.vm("mute", "started", agent_after=None)
+        self.assert_says(self.km("ip", "mute", "--wait", "0.3"), 6, "its guest agent tells no address")
+
+    def test_ip_of_a_machine_that_has_none_says_why(self) -> None:
+        for status in ("stopped", "paused"):
+            self.vm(status, status)
+            for args in ((), ("--all",), ("--wait", "9")):
+                self.assert_says(self.km("ip", status, *args), 4, f"km-{status} is {status}", "start -d")
+        self.vm("mute", "started", agent_after=None)
+        self.assert_says(self.km("ip", "mute", "--all"), 1, "tells no address")
+        self.assert_says(self.km("ip", "nope"), 3, "no machine nope", "mute, paused, stopped")
+        self.assert_says(self.km("status", "nope"), 3, "no machine nope")
+
+
+class StopTest(FleetCase):
+    """stop: the guest is asked, the state is believed, and nothing is forced unasked."""
+
+    def test_it_asks_the_guest_and_waits_until_it_is_off(self) -> None:
+        uuid = self.vm("a", "started", request_seconds=0.3)
+        self.vm("b", "started")
+        result = self.km("stop", "a")
+        self.assert_says(result, 0, "a stopped")
+        self.assertEqual(self.asked("stop"), [[uuid, "--request"]])
+        self.assertEqual((self.states(), result.out), ({"km-a": "stopped", "km-b": "started"}, ""))
+
+    def test_a_guest_that_ignores_the_power_key_is_left_running_and_the_way_to_force_it_is_told(self) -> None:
+        for how in ({"ignores_power_key": True}, {"request_seconds": None}):
+            name = self.utm.machine(self.vm("deaf" + str(len(how)) + next(iter(how))[:1], "started", **how))["name"]
+            self.assert_says(
+                self.km("stop", name, "-t", "0.4"), 6, "did not power off within 0 s", "kodemachine stop --force"
+            )
+            self.assertEqual(self.states()[name], "started")
+        self.assertEqual({args[1] for args in self.asked("stop")}, {"--request"})
+
+    def test_a_power_key_that_was_not_heard_is_pressed_again(self) -> None:
+        self.vm("a", "started", ignores_power_key=True)
+        stop = self.start_km("stop", "a")
+        wait_for(lambda: self.asked("stop"))
+        self.utm.change("km-a", ignores_power_key=False)
+        self.assertEqual(stop.wait(20), 0)
+
+    def test_the_default_patience_is_the_configured_one(self) -> None:
+        self.config(stop_timeout=0.3)
+        self.vm("deaf", "started", ignores_power_key=True)
+        self.assert_says(self.km("stop", "deaf"), 6)
+
+    def test_force_does_not_ask_and_goes_through_utms_stages(self) -> None:
+        deaf = self.vm("deaf", "started", ignores_power_key=True, stop_seconds=0.2)
+        stuck = self.vm("stuck", "started", stuck=["stopping"])
+        self.assert_says(self.km("stop", "deaf", "--force"), 0, "deaf stopped")
+        self.assert_says(self.km_with({"FORCE_STAGE": 0.3}, "stop", "-f", "stuck"), 0, "stuck stopped")
+        self.assertEqual(self.asked("stop"), [[deaf, "--force"], [stuck, "--force"], [stuck, "--kill"]])
+
+    def test_kill_is_all_that_helps_a_machine_that_hangs_in_stopping(self) -> None:
+        uuid = self.vm("stuck", "stopping", stuck=["stopping"])
+        self.assert_says(self.km("stop", "stuck", "-t", "0.3"), 6, "it is stopping")
+        self.assert_says(self.km("stop", "stuck", "--kill"), 0, "stuck stopped")
+        self.assertEqual(self.asked("stop"), [[uuid, "--kill"]])
+
+    def test_a_paused_machine_is_resumed_to_be_asked_and_killed_when_forced(self) -> None:
+        asked, forced = self.vm("a", "paused", resume_seconds=0.2), self.vm("b", "paused")
+        self.assert_says(self.km("stop", "a"), 0)
+        self.assertEqual((self.asked("start"), self.asked("stop")), ([["--hide", asked]], [[asked, "--request"]]))
+        self.assert_says(self.km("stop", "b", "--force"), 0)
+        self.assertEqual((len(self.asked("start")), self.asked("stop")[1:]), (1, [[forced, "--kill"]]))
+
+    def test_what_is_stopped_already_is_no_failure(self) -> None:
+        self.vm("a")
+        self.vm("b")
+        self.remember(b={"saved": True})
+        for args in ((), ("--force",), ("--kill",)):
+            self.assert_says(
+                self.km("stop", "a", "b", *args),
+                0,
+                "a is stopped already\n",
+                "b is stopped already, with a saved session",
+            )
+        self.assertEqual(self.asked("stop"), [])
+
+    def test_several_are_worked_on_at_the_same_time(self) -> None:
+        labels = ["a", "b", "c"]
+        for label in labels:
+            self.vm(label, "started", request_seconds=None)
+        stop = self.start_km("stop", *labels)
+        wait_for(lambda: len({args[0] for args in self.asked("stop")}) == 3)  # none of them is off yet
+        for label in labels:
+            self.utm.change("km-" + label, status="stopped")
+        self.assertEqual(stop.communicate(timeout=20)[1].decode().count(" stopped\n"), 3)
+        self.assertEqual(stop.returncode, 0)
+
+    def test_each_has_its_line_and_the_first_failure_in_their_order_is_the_status(self) -> None:
+        self.vm("a", "started")
+        self.vm("deaf", "started", ignores_power_key=True)
+        for labels, code in ((("a", "deaf", "nope"), 6), (("nope", "deaf", "a", "nope"), 3)):
+            result = self.km("stop", *labels, "-t", "0.5")
+            self.assert_says(result, code, "\na ", "km-deaf did not power off", "no machine nope")
+            self.assertEqual(result.err.count("no machine nope"), 1)
+
+    def test_all_means_every_clone_that_is_not_off_and_nothing_else(self) -> None:
+        self.image(status="started")
+        for name in ("foreign", "km-km-a", "km-Foo", "KM-a"):
+            self.utm.add(name, status="started")
+        mine = {self.vm("a", "started"), self.vm("b", "paused")}
+        self.vm("c")
+        self.assertEqual(self.km("stop", "--all").code, 0)
+        self.assertEqual({args[0] for args in self.asked("stop")}, mine)
+        self.assertEqual(
+            sorted(name for name, state in self.states().items() if state != "started"), ["km-a", "km-b", "km-c"]
+        )
+        self.assert_says(self.km("stop", "--all"), 0, "nothing to stop")
+
+    def test_without_a_label_nothing_is_stopped(self) -> None:
+        self.vm("a", "started")
+        for args, words in (
+            ((), "stop needs a label"),
+            (("a", "--all"), "not both"),
+            (("a", "-t", "0"), "invalid"),
+            (("-t", "x", "a"), "invalid"),
+        ):
+            self.assert_says(self.km("stop", *args), 2, words)
+        self.assertEqual(self.utm.calls(), [])
+
+    def test_an_answer_that_is_lost_or_wrong_does_not_decide(self) -> None:
+        for number in (-1712, -609, -600, -10004):
+            for when in ("before", "after"):
+                label = f"m{-number}{when}"
+                self.vm(label, "started")
+                self.utm.fault("stop", vm="km-" + label, error=number, when=when, times=1)
+                self.utm.fault("status", vm="km-" + label, error=number, times=2)
+        result = self.km("stop", "--all")
+        self.assertEqual((result.code, set(self.states().values())), (0, {"stopped"}), result.err)
+        for call in self.utm.calls("stop"):
+            self.assertEqual(call["argv"][2], "--request")
+
+    def test_a_refusal_ends_it_at_once(self) -> None:
+        uuid = self.vm("a", "started")
+        self.utm.fault("stop", error=-1743)
+        self.assert_says(self.km("stop", "a"), 5, "-1743", "Automation")
+        self.assertEqual(self.asked("stop"), [[uuid, "--request"]])
+
+    def test_it_waits_for_another_kodemachine_and_names_it(self) -> None:
+        self.vm("a", "started")
+        self.config(clone_timeout=0.5, boot_timeout=0.5)
+        with self.held_lock("km-a"):
+            self.assert_says(self.km("stop", "a"), 6, "in use by another kodemachine")
+        self.assertEqual(self.utm.calls(), [])
+
+
+class SuspendTest(FleetCase):
+    """suspend and resume: verified by the state, and what was saved is remembered."""
+
+    def test_there_and_back(self) -> None:
+        uuid = self.vm("a", "started", suspend_seconds=0.2, resume_seconds=0.2)
+        self.assert_says(self.km("suspend", "a"), 0, "a suspended to memory")
+        self.assertEqual((self.states(), self.asked("suspend")), ({"km-a": "paused"}, [[uuid]]))
+        self.assert_says(self.km("suspend", "a"), 0)
+        self.assert_says(self.km("resume", "a"), 0, "a resumed")
+        self.assertEqual((self.states(), self.asked("start")), ({"km-a": "started"}, [["--hide", uuid]]))
+        self.assert_says(self.km("resume", "a"), 0, "a is running already")
+        self.assertEqual((len(self.asked("suspend")), len(self.asked("start"))), (1, 1))
+
+    def test_an_answer_that_is_lost_does_not_decide(self) -> None:
+        for label, rule in (("a", {"error": -1712, "when": "after"}), ("b", {"error": -1712}), ("c", {"silent": True})):
+            self.vm(label, "started")
+            self.utm.fault("suspend", vm="km-" + label, times=1, **rule)
+            self.utm.fault("start", vm="km-" + label, times=1, **rule)
+        self.assertEqual(self.km("suspend", "--all").code, 0)
+        self.assertEqual(set(self.states().values()), {"paused"})
+        self.assertEqual(len(self.asked("suspend")), 5)
+        self.assertEqual(self.km("resume", "--all").code, 0)
+        self.assertEqual(set(self.states().values()), {"started"})
+
+    def test_what_is_saved_is_shown_as_saved_when_utm_has_forgotten_and_goes_on(self) -> None:
+        uuid = self.vm("a", "started")
+        self.assert_says(self.km("suspend", "a", "--save"), 0, "a saved to disk")
+        self.assertEqual(self.asked("suspend"), [[uuid, "--save-state"]])
+        self.utm.restart()
+        self.assertEqual(self.states(), {"km-a": "stopped"})
+        self.assertIn("stopped (saved)", self.km("list").out)
+        self.assert_says(self.km("resume", "a"), 0, "a resumed")
+        self.assertEqual((self.states(), self.utm.machine("km-a")["saved"]), ({"km-a": "started"}, False))
+        self.assertNotIn("saved", self.record("a"))
+        self.assertNotIn("saved", self.km("list").out)
+
+    def test_a_save_that_fails_leaves_it_paused_and_says_so(self) -> None:
+        self.vm("a", "started", save_error="Failed to save VM snapshot.")
+        self.assert_says(
+            self.km("suspend", "a", "--save"),
+            1,
+            "paused in memory",
+            "not saved",
+            "Failed to save VM snapshot.",
+            "kodemachine resume",
+        )
+        self.assertEqual(self.states(), {"km-a": "paused"})
+        self.assertNotIn("saved", self.km("list").out)
+
+    def test_a_suspension_that_is_refused_is_an_error_in_utms_words(self) -> None:
+        self.vm("a", "started")
+        self.utm.fault("suspend", error=-2700, string="Not today.")
+        self.assert_says(self.km("suspend", "a"), 1, "km-a cannot be suspended: Not today.")
+        self.assertEqual(self.states(), {"km-a": "started"})
+
+    def test_a_saved_machine_refuses_a_disposable_start_which_would_lose_the_session(self) -> None:
+        self.image()
+        self.vm("a", saved=True)
+        self.remember(a={"saved": True})
+        self.assert_says(self.km("start", "-d", "a", "--disposable"), 4, "saved session", "kodemachine resume a")
+        self.assertEqual((self.asked("start"), self.utm.machine("km-a")["saved"]), ([], True))
+
+    def test_what_the_state_forbids_is_exit_4_and_changes_nothing(self) -> None:
+        for label, status in (("off", "stopped"), ("on", "started"), ("frozen", "paused")):
+            self.vm(label, status)
+        self.remember(on={"disposable": True})
+        before = self.states()
+        for args, words in (
+            (("suspend", "off"), "nothing to suspend"),
+            (("suspend", "frozen", "--save"), "paused already"),
+            (("suspend", "on", "--save"), "disposable"),
+            (("resume", "off"), "no saved session"),
+        ):
+            self.assert_says(self.km(*args), 4, words)
+        self.assertEqual(self.states(), before)
+
+    def test_all_means_the_running_ones_and_those_that_wait(self) -> None:
+        self.image(status="started")
+        on, frozen, saved = self.vm("on", "started"), self.vm("frozen", "paused"), self.vm("saved", saved=True)
+        self.vm("off")
+        self.remember(saved={"saved": True})
+        self.assertEqual(self.km("suspend", "--all").code, 0)
+        self.assertEqual(self.asked("suspend"), [[on]])
+        self.assertEqual(self.km("resume", "--all").code, 0)
+        self.assertEqual(sorted(args[1] for args in self.asked("start")), sorted([on, frozen, saved]))
+        self.assertEqual(self.states()["km-off"], "stopped")
+
+
+class DeleteTest(FleetCase):
+    """delete: only what was named, by UUID, proved before and verified after."""
+
+    def test_a_machine_that_is_not_off_is_refused_and_with_force_stopped_first(self) -> None:
+        uuids = [self.vm(status, status) for status in ("started", "paused", "starting")]
+        for label in ("started", "paused", "starting"):
+            self.assert_says(
+                self.km("delete", label), 4, f"km-{label} is {label}", f"kodemachine delete --force {label}"
+            )
+        self.assertEqual((self.asked("delete"), self.asked("stop")), ([], []))
+        self.assert_says(self.km("rm", "-f", "started", "paused"), 0, "started deleted", "paused deleted")
+        self.assertEqual(self.utm.names(), ["km-starting"])
+        self.assertEqual(sorted(self.asked("delete")), sorted([uuid] for uuid in uuids[:2]))
+
+    def test_it_says_what_it_freed(self) -> None:
+        documents = self.documents()
+        self.vm("a", disk=300_000)
+        size = allocated(os.path.join(documents, "km-a.utm"))
+        result = self.km("delete", "a")
+        freed = re.search(r"^a deleted, freed (\S+)$", result.err, re.MULTILINE)
+        self.assertTrue(freed, result.err)
+        if freed and sys.platform != "darwin":
+            self.assertEqual(freed[1], kodemachine.size_text(size))
+        self.assertEqual(os.listdir(documents), [])
+
+    def test_its_pinned_keys_and_its_record_go_too_and_no_others(self) -> None:
+        for label in ("a", "ab"):
+            self.vm(label)
+        self.remember(a={"created": hours_ago(1)}, ab={"created": hours_ago(2)})
+        lines = [f"{name} {PUBLIC_KEY}\n" for name in ("km-a", "km-ab", "km-b", "km-a")]
+        self.write_state("known_hosts", "".join(lines))
+        kept = self.record("ab")
+        self.assert_says(self.km("delete", "a"), 0, "a deleted")
+        self.assertEqual(self.read_state("known_hosts"), lines[1] + lines[2])
+        self.assertEqual(list(self.records().values()), [kept])
+
+    def test_a_deletion_without_effect_is_asked_for_once_more_and_then_reported(self) -> None:
+        uuids = [self.vm("a"), self.vm("b")]
+        self.utm.fault("delete", vm="km-a", silent=True)
+        self.utm.fault("delete", vm="km-b", error=-1712)
+        self.assert_says(self.km("delete", "a", "b"), 6, "km-a is still there", "km-b is still there")
+        self.assertEqual(sorted(self.asked("delete")), sorted([uuid] for uuid in uuids * 2))
+        self.assertEqual(self.utm.names(), ["km-a", "km-b"])
+
+    def test_one_repetition_is_enough_when_the_first_request_was_lost(self) -> None:
+        self.image()
+        for number in (-1712, -10004):
+            self.utm.fault("delete", vm=self.vm(f"m{-number}"), error=number, times=1)
+        result = self.km("delete", "m1712", "m10004")
+        self.assertEqual((result.code, self.utm.names(), len(self.asked("delete"))), (0, [IMAGE], 4), result.err)
+
+    def test_a_deletion_that_comes_late_is_looked_after_and_not_repeated(self) -> None:
+        self.image()
+        uuid = self.vm("a")
+        self.utm.fault("delete", error=-1712, when="after", delay=0.5, report_after=0.1)
+        self.assert_says(self.km("delete", "a"), 0, "a deleted")
+        self.assertEqual((self.asked("delete"), self.utm.names()), ([[uuid]], [IMAGE]))
+
+    def test_a_list_that_fails_is_no_proof_that_it_is_gone(self) -> None:
+        self.image()
+        self.vm("a")
+        self.utm.fault("delete", silent=True, times=1)
+        self.utm.fault("list", skip=3, times=2, error=-1712)        # after the deletion
+        self.utm.fault("list", skip=3, times=1, empty=True)         # those that the first rule lets through
+        self.assert_says(self.km("delete", "a"), 0)
+        self.assertEqual((len(self.asked("delete")), self.utm.names()), (2, [IMAGE]))
+
+    def test_it_never_touches_what_is_not_the_clone_of_that_label(self) -> None:
+        self.config(base_image="km-golden")
+        self.image()
+        for name in ("km-golden", "silver", "km-km-z", "km-Foo", "KM-upper", "km-parent", "km-child", "km-" + "x" * 61):
+            self.utm.add(name, status="stopped")
+        twins = [self.utm.add("km-twin") for _ in range(2)]
+        self.remember(child={"image": {"name": "km-parent", "uuid": self.utm.machine("km-parent")["uuid"]}})
+        before = self.utm.names()
+        for label, code, words in (
+            (IMAGE, 2, "cannot be a label"),
+            ("golden", 4, "is an image"),
+            ("parent", 4, "is an image"),
+            ("silver", 3, "no machine"),
+            ("km-km-z", 2, "cannot be a label"),
+            ("km-z", 3, "no machine z"),
+            ("Foo", 2, "cannot be a label"),
+            ("km-Foo", 2, "label"),
+            ("upper", 3, "no machine"),
+            ("x" * 61, 2, "too long"),
+            ("twin", 4, twins[0]),
+            ("twin", 4, twins[1]),
+            (twins[0], 2, "cannot be a label"),
+            ("list", 2, "is a command"),
+            ("", 2, "an empty word"),
+        ):
+            with self.subTest(label):
+                self.assert_says(self.km("delete", "--force", label), code, words)
+        self.assert_says(self.km("delete"), 2, "needs a label")
+        self.assertEqual((self.utm.names(), self.asked("delete"), self.asked("stop")), (before, [], []))
+
+    def test_a_machine_that_was_renamed_or_started_meanwhile_is_not_deleted(self) -> None:
+        for label, change, words in (
+            ("a", {"name": "precious", "status": "stopped"}, "not the clone km-a any more"),
+            ("b", {"status": "stopped"}, "km-b is started"),
+        ):
+            uuid = self.vm(label, "started", stuck=["stopping"])
+            if label == "b":  # seen off by `status`, and on again when the deletion is prepared
+                self.utm.fault("status", vm=uuid, skip=1, stdout="stopped\n")
+                change = {"status": "started"}
+            delete = self.start_km("delete", "--force", label)
+            self.wait_until_asked("stop", uuid)
+            self.utm.change(uuid, **change)
+            err = delete.communicate(timeout=20)[1].decode()
+            self.assertEqual(delete.returncode, 4, err)
+            self.assertIn(words, err)
+        self.assertEqual((self.asked("delete"), len(self.utm.names())), ([], 2))
+
+
+class PurgeTest(FleetCase):
+    """purge: many at once, without fear."""
+
+    KEPT = ("kodeimage-v0.2.0", "Windows", "km-km-z", "km-Foo", "KM-a")
+
+    def fleet(self) -> None:
+        for name in self.KEPT:
+            self.utm.add(name)
+        for label, status in (("a", "stopped"), ("saved", "stopped"), ("on", "started"), ("frozen", "paused")):
+            self.vm(label, status)
+        self.remember(saved={"saved": True})
+
+    def clones(self) -> list[str]:
+        """The labels of the clones that are left; nothing else may ever go."""
+        names = self.utm.names()
+        self.assertEqual(tuple(names[: len(self.KEPT)]), self.KEPT)
+        return [name[3:] for name in names[len(self.KEPT) :]]
+
+    def test_by_default_only_stopped_ones_go_and_saved_ones_are_left_with_a_line(self) -> None:
+        for flag in ((), ("--stopped",)):
+            self.fleet() if not self.utm.names() else self.vm("a")
+            result = self.km("purge", "-y", *flag)
+            self.assert_says(result, 0, "a deleted", "km-saved left: it has a saved session (--all")
+            self.assertEqual((sorted(self.clones()), self.asked("stop")), (["frozen", "on", "saved"], []))
+
+    def test_a_machine_in_between_is_none_of_the_stopped_ones(self) -> None:
+        self.fleet()
+        self.vm("starting", "starting")
+        self.assert_says(self.km("purge", "-y"), 0, "a deleted")
+        self.assertIn("starting", self.clones())
+
+    def test_all_forces_off_what_runs_and_leaves_what_is_in_between_with_a_line_and_exit_4(self) -> None:
+        self.fleet()
+        self.vm("starting", "starting", stuck=["starting"])
+        self.assert_says(self.km("purge", "--all", "-y"), 4, "km-starting left: it is starting")
+        self.assertEqual(self.clones(), ["starting"])
+
+    def test_a_machine_of_unknown_state_is_left_with_a_line_and_exit_4(self) -> None:
+        self.fleet()
+        self.utm.fault("list", unknown=["km-a"])
+        for args in ((), ("--all",)):
+            result = self.km("purge", "-n", *args)
+            self.assert_says(result, 4, "km-a left: it is unknown")
+            self.assertNotIn("\na ", result.out)
+
+    def test_the_filters_match_neither_unknown_ages_nor_unknown_images(self) -> None:
+        self.fleet()
+        for label, hours, image in (
+            ("old", 24 * 8, "one"),
+            ("new", 1, "one"),
+            ("other", 24 * 8, "two"),
+            ("newer", 0, None),
+        ):
+            self.vm(label)
+            self.remember(
+                **{label: {"created": hours_ago(hours), "image": {"name": image, "uuid": "-"} if image else None}}
+            )
+        for args, going, unknown in (
+            (("--older-than", "7d"), ["old", "other"], 4),
+            (("--older-than", "30m"), ["old", "new", "other"], 4),
+            (("--image", "one"), ["old", "new"], 5),
+            (("--older-than", "1w", "--image", "two"), ["other"], 5),
+            (("--older-than", "0s"), ["old", "new", "other", "newer"], 4),
+            (("--image", ""), [], 5),
+            (("--image", "ONE"), [], 5),
+            (("--all", "--older-than", "9d"), [], 4),
+        ):
+            with self.subTest(args):
+                result = self.km("purge", "--dry-run", *args)
+                self.assert_says(result, 0, f"{unknown} left out: their age or image is not known")
+                self.assertEqual([line.split()[0] for line in result.out.splitlines()[1:]], going)
+        self.assertEqual(self.km("purge", "-y", "--older-than", "7d", "--image", "one").code, 0)
+        self.assertEqual(sorted(set(self.clones())), ["a", "frozen", "new", "newer", "on", "other", "saved"])
+
+    def test_a_dry_run_changes_nothing(self) -> None:
+        self.fleet()
+        before, remembered = self.states(), self.records()
+        result = self.km("purge", "--all", "-n")
+        self.assert_says(result, 0, "4 would be deleted, and an unknown amount would come free")
+        self.assertEqual([line.split()[0] for line in result.out.splitlines()], ["LABEL", "a", "saved", "on", "frozen"])
+        self.assertEqual((self.states(), self.records(), self.utm.verbs()), (before, remembered, ["list"]))
+
+    def test_unasked_it_deletes_nothing(self) -> None:
+        self.fleet()
+        self.assert_says(self.km("purge"), 2, "needs a yes", "Add -y")
+        self.assert_says(self.km("purge", "--all", "--stopped", "-y"), 2, "not both")
+        self.assert_says(self.km("purge", "-y", "--older-than", "7"), 2, "invalid")
+        self.assert_says(self.km("purge", "-y", "a"), 2, "unrecognized")
+        self.assertEqual((self.clones(), self.utm.calls("delete")), (["a", "saved", "on", "frozen"], []))
+
+    def test_on_a_terminal_it_shows_the_list_and_the_bytes_and_asks(self) -> None:
+        self.documents()
+        self.fleet()
+        for answer, code in ((b"n\n", 1), (b"\n", 1), (b"yo\n", 1), (b"\x04", 1), (b"y\n", 0)):
+            with self.subTest(answer):
+                self.assertIn("a", self.clones())
+                terminal = self.screen("purge")
+                terminal.expect(rb"a +stopped")
+                terminal.expect(rb"Delete 1, and free at least \d+K\? \[y/N\] ")
+                terminal.send(answer)
+                self.assertEqual(terminal.wait(), code, terminal.seen)
+        self.assertNotIn("a", self.clones())
+
+    def test_nothing_to_do_is_no_failure(self) -> None:
+        self.image()
+        self.vm("on", "started")
+        for args in ((), ("-y",), ("--dry-run",), ("--older-than", "1s")):
+            self.assert_says(self.km("purge", *args), 0, "nothing to purge")
+
+    def test_a_machine_that_another_kodemachine_works_on_is_skipped_with_a_line(self) -> None:
+        self.fleet()
+        self.vm("b")
+        with self.held_lock("km-a"):
+            self.assert_says(self.km("purge", "-y"), 0, "a left: km-a is in use by another kodemachine", "b deleted")
+        self.assertEqual(self.clones(), ["a", "saved", "on", "frozen"])
+
+    def test_it_says_what_it_will_free_at_least_and_what_the_volume_gained(self) -> None:
+        documents = self.documents()
+        for label in ("a", "b"):
+            self.vm(label, disk=300_000)
+        promised = allocated(documents)
+        result = self.km("prune", "-n")
+        self.assertRegex(result.err, r"2 would be deleted, and at least \d+K would come free")
+        if sys.platform != "darwin":
+            self.assertIn(f"at least {kodemachine.size_text(promised)}", result.err)
+        self.assertRegex(self.km("purge", "-y").err, r"(?m)^the volume gained \S+$")
+
+    def test_machines_of_one_name_are_left_with_a_line_that_names_them(self) -> None:
+        self.fleet()
+        twins = [self.vm("twin") for _ in range(2)]
+        self.assert_says(self.km("purge", "-y", "--all"), 4, *twins)
+        self.assertEqual(
+            (self.clones(), [uuid for uuid in twins if [uuid] in self.asked("delete")]), (["twin", "twin"], [])
+        )
+
+    def test_what_a_dead_rm_session_left_is_offered_even_if_it_runs_but_not_that_of_a_live_one(self) -> None:
+        self.fleet()
+        self.vm("dead", "started")
+        self.vm("alive", "started")
+        self.remember(dead={"rm": True}, alive={"rm": True})
+        with self.held_lock("km-alive.session"):
+            self.assertEqual(re.findall(r"(?m)^(\S+) +started \(--rm\)", self.km("list").out), ["dead"])
+            self.assert_says(self.km("purge", "-y"), 0, "dead deleted")
+        self.assertEqual(self.clones(), ["saved", "on", "frozen", "alive"])
+
+    def test_failures_are_reported_and_the_rest_goes(self) -> None:
+        self.fleet()
+        self.vm("b")
+        self.utm.fault("delete", vm="km-a", error=-2700, string="Disk on fire.")
+        self.assert_says(self.km("purge", "-y"), 6, "km-a is still there", "Disk on fire.", "b deleted")
+        self.assertEqual(self.clones(), ["a", "saved", "on", "frozen"])
+
+    def test_it_deletes_only_what_it_has_just_shown(self) -> None:
+        self.fleet()
+        terminal = self.screen("purge")
+        terminal.expect(rb"Delete 1, ")
+        self.utm.change("km-a", name="km-other")
+        late = self.vm("a")
+        terminal.send(b"y\n")
+        self.assertEqual(terminal.wait(), 0)
+        terminal.expect(rb"a left: it is another machine now")
+        self.assertEqual((self.asked("delete"), self.utm.machine(late)["name"]), ([], "km-a"))
+
+
+class RandomFleetTest(FleetCase):
+    """Whatever lies about in UTM: only clones are ever named to it, and none that must not be touched."""
+
+    NAMES = (
+        "km-a",
+        "km-b",
+        "km-a1",
+        "km-a-b",
+        "km-a-",
+        "km--a",
+        "km-",
+        "km-A",
+        "KM-a",
+        "km-km-a",
+        "km-km-",
+        "km-kmx",
+        "km-a_b",
+        "km-a.b",
+        "km-\xe4",
+        " km-a",
+        "km-a ",
+        "km-a\x1b[2J",
+        "xkm-a",
+        "Windows 11",
+        "kodeimage-v0.2.0",
+        "kodeimage-v0.10.0",
+        "kodeimage-vfoo",
+        "kodeimage-v0.2.0 2",
+        "km-kodeimage-v1",
+        "kodeimage",
+        "golden",
+        "km-golden",
+        "km-" + "a" * 60,
+        "km-" + "a" * 61,
+        "km-start",
+        "km-0",
+    )
+
+    def fleet(self, rng: random.Random) -> tuple[list[kodemachine.Row], dict[str, dict[str, Any]], str | None]:
+        """Machines, records and the configured image."""
+        states = [kodemachine.Power(word) for word in ("stopped",) * 4 + ("started", "paused", "starting", "unknown")]
+        rows = [
+            kodemachine.Row(
+                f"{rng.getrandbits(32):08X}-0000-4000-8000-{n:012X}", rng.choice(states), rng.choice(self.NAMES)
+            )
+            for n in range(rng.randint(0, 14))
+        ]
+        uuids = [row.uuid for row in rows] + ["GONE"]
+        records: dict[str, dict[str, Any]] = {}
+        for uuid in uuids:
+            image = rng.choice(
+                [None, "nonsense", {}, {"name": rng.choice(self.NAMES), "uuid": rng.choice(uuids)}, {"name": "golden"}]
+            )
+            record = {
+                "image": image,
+                "created": rng.choice([None, 5, "never", hours_ago(1), hours_ago(999)]),
+                "saved": rng.choice([None, True]),
+                "rm": rng.choice([None, None, True]),
+            }
+            records.update({uuid: record} if rng.random() < 0.6 else {})
+        return rows, records, rng.choice([None, None, "golden", "km-golden", "km-a"])
+
+    @staticmethod
+    def clones(
+        rows: Sequence[kodemachine.Row], records: dict[str, dict[str, Any]], base: str | None
+    ) -> list[kodemachine.Row]:
+        """The specification in other words than the program's: what `delete` and `purge` may touch."""
+        bases = {record["image"].get("uuid") for record in records.values() if isinstance(record["image"], dict)}
+        names = [row.name for row in rows]
+        return [
+            row
+            for row in rows
+            if re.fullmatch("km-(?!km-)(?:[a-z0-9]|[a-z0-9][a-z0-9-]{0,58}[a-z0-9])", row.name)
+            and row.uuid not in bases
+            and row.name != base
+            and names.count(row.name) == 1
+        ]
+
+    def test_a_thousand_fleets(self) -> None:
+        class Known(kodemachine.State):
+            """Records that need no file."""
+
+            known: dict[str, dict[str, Any]] = {}
+
+            def records(self) -> dict[str, dict[str, Any]]:
+                return self.known
+
+        class Told(kodemachine.Out):
+            """Keeps lines to itself."""
+
+            def note(self, text: str) -> None:
+                lines.append(text)
+
+        out, power = Told(quiet=True), kodemachine.Power
+        state, lines = Known(os.path.join(self.folder, "state"), out), list[str]()
+        for seed in range(1000):
+            rng = random.Random(seed)
+            rows, state.known, base = self.fleet(rng)
+            utm: Any = types.SimpleNamespace(rows=lambda rows=rows: rows, notes=out)
+            manager = kodemachine.Manager(kodemachine.Settings(base_image=base), utm, state)
+            may = self.clones(rows, state.known, base)
+            with self.subTest(seed=seed):
+                for row in rows:
+                    label = row.name[3:] if row.name.startswith("km-") else row.name
+                    found = None
+                    with contextlib.suppress(kodemachine.KodeError):
+                        found = manager.row_of(rows, manager.label(label))
+                    if found is not None:
+                        self.assertIn(found, may)
+                    if row in may and label != "start":
+                        self.assertEqual(found, row)
+                opts = types.SimpleNamespace(
+                    all=rng.random() < 0.5,
+                    older_than=rng.choice([None, 0.0, 7200.0]),
+                    image=rng.choice([None, None, "golden", "km-a", ""]),
+                )
+                context: Any = types.SimpleNamespace(manager=manager, out=out)
+                offered, _ = kodemachine.purgeable(context, opts)  # type: ignore[arg-type]
+                self.assertEqual([row for row in offered if row not in may], [])
+                for row in may:
+                    record = state.known.get(row.uuid, {})
+                    image, age = record.get("image"), kodemachine.age_of(record.get("created"))
+                    named = isinstance(image, dict) and image.get("name") == opts.image
+                    forced = opts.all or bool(record.get("rm"))
+                    fits = (opts.older_than is None or (age is not None and age >= opts.older_than)) and (
+                        opts.image is None or named
+                    )
+                    state_fits = (row.power is power.STOPPED and (opts.all or not record.get("saved"))) or (
+                        row.power in (power.STARTED, power.PAUSED) and forced
+                    )
+                    self.assertEqual(row in offered, fits and state_fits, row)
+        self.assertTrue(lines)
+
+    def test_fleets_through_the_whole_program(self) -> None:
+        for seed in range(24):
+            rng = random.Random(seed)
+            rows, records, base = self.fleet(rng)
+            rows = rows[:5]
+            with self.utm.fake as utm:
+                utm.vms.clear()
+            for row in rows:
+                self.utm.add(
+                    row.name, uuid=row.uuid, status=row.power.value if row.power.value != "unknown" else "pausing"
+                )
+            self.write_state("machines.json", json.dumps(records))
+            self.config(**({"base_image": base} if base else {}))
+            may = {row.uuid for row in self.clones(rows, records, base)}
+            before = len(self.utm.calls())
+            with self.subTest(seed=seed):
+                label = rng.choice(rows).name.replace("km-", "", 1) if rows else "a"
+                if seed % 3 == 0:
+                    self.assertNotIn("Traceback", self.km_with({"WARM_UP": 0.0}, "delete", label).err)
+                result = self.km_with(
+                    {"WARM_UP": 0.0}, "purge", "-y", *rng.choice([(), ("--all",), ("--older-than", "0s")])
+                )
+                self.assertIn(result.code, (0, 4), result.err)
+                named = {
+                    word for call in self.utm.calls()[before:] for word in call["argv"][1:] if not word.startswith("-")
+                }
+                self.assertLessEqual(named, may)
+                gone = {row.uuid for row in rows} - {vm["uuid"] for vm in self.utm.machines()}
+                self.assertLessEqual(gone, may)
+
+
+class RmTest(FleetCase):
+    """--rm: a session in a machine of its own, which goes with it, however it ends."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = self.with_sshd()
+
+    def session(self) -> subprocess.Popen[bytes]:
+        """A session that lasts until its input ends."""
+        process = self.start_km("t", "--rm", "--", "echo ready; exec cat", input_follows=True)
+        assert process.stdout
+        self.assertEqual(process.stdout.readline(), b"ready\n", self.server.log())
+        self.assertEqual(self.states()["km-t"], "started")
+        return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> Result:
+        out, err = process.communicate(timeout=20)
+        return Result(process.returncode, out.decode(), err.decode())
+
+    def test_the_sessions_status_is_ours_and_its_machine_is_gone(self) -> None:
+        result = self.km("t", "--rm", "--", "echo hello; exit 7")
+        self.assertEqual((result.code, result.out), (7, "hello\n"), result.err)
+        self.assertIn("deleting km-t (--rm)\n", result.err)
+        self.assertEqual((self.utm.names(), self.records(), self.read_state("known_hosts")), ([IMAGE], {}, ""))
+        self.assertNoChildrenLeft()
+
+    def test_a_machine_that_exists_is_not_touched(self) -> None:
+        for label, status in (("off", "stopped"), ("on", "started")):
+            self.vm(label, status)
+            self.assert_says(self.km(label, "--rm"), 4, "exists already", f"kodemachine start {label} --fresh")
+        self.assertEqual(self.states(), {IMAGE: "stopped", "km-off": "stopped", "km-on": "started"})
+        self.assertEqual((self.asked("start"), self.utm.calls(tool="ssh"), self.records()), ([], [], {}))
+
+    def test_it_deletes_only_the_machine_it_made_itself(self) -> None:
+        process = self.session()
+        self.utm.change("km-t", name="km-precious")
+        other = self.vm("t")
+        result = self.end(process)
+        self.assert_says(result, 0, "km-t was not deleted", "kodemachine delete --force t")
+        self.assertEqual((self.asked("delete"), self.utm.machine(other)["name"]), ([], "km-t"))
+        self.assertIn("km-precious", self.utm.names())
+
+    def test_a_signal_ends_ssh_and_deletes(self) -> None:
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+            process = self.session()
+            process.send_signal(number)
+            self.assertEqual((self.end(process).code, self.utm.names()), (code, [IMAGE]))
+            self.assertNoChildrenLeft()
+
+    def test_signals_while_deleting_do_not_stop_it(self) -> None:
+        self.utm.change(IMAGE, stop_seconds=0.7)
+        for first, codes in ((signal.SIGTERM, {143}), (None, {129, 130, 143})):  # None: the session ends by itself
+            process = self.session()
+            if first:
+                process.send_signal(first)
+            elif process.stdin:
+                process.stdin.close()
+                process.stdin = None
+            self.wait_until_asked("stop", self.utm.machine("km-t")["uuid"])
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                process.send_signal(number)
+            self.assertIn(self.end(process).code, codes)
+            self.assertEqual((self.utm.names(), self.records()), ([IMAGE], {}))
+
+    def test_the_terminal_closed_in_the_middle_deletes_all_the_same(self) -> None:
+        terminal = self.km_tty("t", "--rm", "--", "echo ready; exec sleep 60")
+        terminal.expect(rb"ready\r?\n")
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, terminal.master)  # the window is closed
+        os.close(nowhere)
+        self.assertEqual((terminal.process.wait(20), self.utm.names()), (129, [IMAGE]))
+        self.assertNoChildrenLeft()
+
+    def test_ctrl_c_is_the_remote_commands_and_the_terminal_is_as_before(self) -> None:
+        with open(self.ssh_config, "a", encoding="utf-8") as file:
+            file.write("RequestTTY force\n")
+        script = "trap 'echo caught; exit 7' INT; echo ready; while :; do sleep 0.1; done"
+        terminal = self.km_tty("t", "--rm", "--", f'exec sh -c "{script}"')
+        terminal.expect(rb"ready\r?\n")
+        terminal.send(b"\x03")
+        terminal.expect(b"caught")
+        self.assertEqual((terminal.wait(), self.utm.names()), (7, [IMAGE]))
+        self.assertEqual(terminal.attributes(), terminal.before)
+
+    def test_ctrl_c_without_a_remote_terminal_ends_ssh_and_not_us(self) -> None:
+        terminal = self.km_tty("t", "--rm", "--", "echo ready; exec sleep 60")
+        terminal.expect(rb"ready\r?\n")
+        terminal.send(b"\x03")
+        self.assertIn(terminal.wait(), (255, 130))  # as ssh has it
+        self.assertEqual(self.utm.names(), [IMAGE])
+
+    def test_a_deletion_that_fails_names_the_command_to_do_it_by_hand(self) -> None:
+        self.utm.fault("delete", error=-2700, string="Disk on fire.")
+        result = self.km("t", "--rm", "--", "exit 3")
+        self.assert_says(result, 3, "km-t was not deleted", "Disk on fire.", "By hand: kodemachine delete --force t")
+        self.assertIn("km-t", self.utm.names())
+
+    def test_a_machine_that_somebody_else_deleted_is_no_trouble(self) -> None:
+        process = self.session()
+        with self.utm.fake as utm:
+            utm.remove(self.utm.fake.vms[1]["uuid"])
+        result = self.end(process)
+        self.assertEqual((result.code, "not deleted" in result.err), (0, False), result.err)
+
+    def test_one_that_never_got_as_far_as_a_session_is_deleted_too(self) -> None:
+        self.utm.fault("start", error=-2700, string="QEMU is tired.")
+        self.assert_says(self.km("t", "--rm"), 1, "does not start", "QEMU is tired.")
+        self.utm.clear_faults()
+        self.assertEqual(self.utm.names(), [IMAGE])
+        self.utm.change(IMAGE, agent_after=None)
+        process = self.start_km("t", "--rm")
+        wait_for(lambda: self.asked("ip-address"))
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((self.end(process).code, self.utm.names()), (130, [IMAGE]))
+
+    def test_after_kill_9_it_is_marked_and_the_next_purge_takes_it_though_it_runs(self) -> None:
+        process = self.session()
+        self.assertNotIn("--rm", self.km("list").out)
+        self.assertIn("nothing to purge", self.km("purge", "-y").err)
+        process.kill()
+        process.wait()
+        self.assertRegex(self.km("list").out, r"(?m)^t +started \(--rm\)")
+        self.assert_says(self.km("purge", "-y"), 0, "t deleted")
+        self.assertEqual(self.utm.names(), [IMAGE])
+        assert process.stdin
+        process.stdin.close()  # ends the ssh that it left behind
+
+
+class StartTest(FleetCase):
+    """start: several at once, anew, thrown away at power-off, with CPUs and memory."""
+
+    def test_several_are_started_and_each_is_a_line_of_label_and_address(self) -> None:
+        sshd = self.sshd(3)
+        self.image()
+        self.config(ssh_port=sshd.port)
+        self.vm("b", "paused")
+        result = self.km("start", "-d", "a", "b", "km-c", "a")
+        self.assertEqual(result.code, 0, result.err)
+        addresses = {name[3:]: self.utm.machine(name)["ips"][0] for name in self.utm.names() if name != IMAGE}
+        self.assertEqual(sorted(result.out.splitlines()), sorted(f"{label} {ip}" for label, ip in addresses.items()))
+        self.assertEqual(sorted(addresses), ["a", "b", "c"])
+
+    def test_a_failure_of_one_does_not_stop_the_others(self) -> None:
+        sshd = self.with_sshd()
+        for _ in range(2):
+            self.vm("twin")
+        result = self.km("start", "-d", "twin", "a")
+        self.assert_says(result, 4, "2 machines are called km-twin")
+        self.assertEqual(result.out, f"a {sshd.hosts[0]}\n")
+
+    def test_fresh_asks_and_makes_a_new_machine(self) -> None:
+        self.with_sshd()
+        old = self.vm("a", "started")
+        for answer, code in ((b"n\n", 1), (b"y\n", 0)):
+            terminal = self.screen("start", "-d", "a", "--fresh")
+            terminal.expect(rb"Delete km-a \(started\) and make it anew\? \[y/N\] ")
+            self.assertEqual(self.utm.machine("km-a")["uuid"], old)
+            terminal.send(answer)
+            self.assertEqual(terminal.wait(), code, terminal.seen)
+        self.assertNotEqual(self.utm.machine("km-a")["uuid"], old)
+        self.assertEqual(list(self.records()), [self.utm.machine("km-a")["uuid"]])
+        self.assert_says(self.km("start", "-d", "a", "--fresh"), 2, "--fresh needs a yes", "Add -y")
+        self.assert_says(self.km("start", "-d", "a", "--fresh", "-y"), 0)
+        self.assertEqual(self.asked("delete")[0], [old])
+        self.assertEqual((len(self.asked("delete")), self.utm.names()), (2, [IMAGE, "km-a"]))
+
+    def test_fresh_loses_nothing_when_the_image_cannot_be_cloned(self) -> None:
+        self.image(status="started")
+        self.vm("a")
+        self.vm("clone")
+        for args, code, words in (
+            ((), 4, "only a stopped one can be cloned"),
+            (("--base", "nope"), 3, "no image nope"),
+            (("--base", "km-a"), 4, "not an image"),
+        ):
+            self.assert_says(self.km("start", "-d", "a", "--fresh", "-y", *args), code, words)
+        self.assertEqual((self.asked("delete"), "km-a" in self.utm.names()), ([], True))
+
+    def test_fresh_of_a_machine_that_is_not_there_needs_no_yes(self) -> None:
+        sshd = self.with_sshd()
+        self.assertEqual(self.km("start", "-d", "a", "--fresh").out, sshd.hosts[0] + "\n")
+
+    def test_a_disposable_boot_pins_its_keys_only_until_it_powers_off(self) -> None:
+        sshd = self.with_sshd()
+        self.assertEqual(self.km("a", "--disposable", "--", "true").code, 0)
+        self.assertTrue(self.utm.machine("km-a")["disposable"])
+        self.assertEqual([set(args[:-1]) for args in self.asked("start")], [{"--hide", "--disposable"}])
+        self.assertIn(sshd.host_key_line.split()[1], self.read_state("known_hosts"))
+        self.assertEqual(self.km("a", "--", "true").code, 0)  # the same boot: the same keys
+        self.assertEqual(self.km("stop", "a").code, 0)
+        sshd.replace_host_key()
+        with open(
+            os.path.join(self.utm.guest("km-a"), "etc/ssh/ssh_host_ed25519_key.pub"), "w", encoding="utf-8"
+        ) as file:
+            file.write(sshd.host_key_line + "\n")
+        result = self.km("a", "--", "true")
+        self.assertEqual((result.code, self.utm.machine("km-a")["disposable"]), (0, False), result.err)
+        self.assertEqual(self.read_state("known_hosts"), f"km-a {' '.join(sshd.host_key_line.split()[:2])}\n")
+
+    def test_cpus_and_memory_come_with_the_address_in_one_change_before_the_first_start(self) -> None:
+        self.with_sshd()
+        result = self.km("start", "-d", "a", "--cpus", "2", "--memory", "1.5G")
+        self.assertEqual(result.code, 0, result.err)
+        vm = self.utm.machine("km-a")
+        self.assertEqual((vm["cpus"], vm["memory"]), (2, 1536))
+        self.assertNotEqual(vm["macs"], self.utm.machine(IMAGE)["macs"])
+        changes = self.utm.calls("configure", "osascript")
+        self.assertEqual([call["argv"][2:] for call in changes], [[vm["uuid"], "", "1536", "2", *vm["macs"]]])
+        self.assertLess(changes[0]["time"], self.utm.calls("start")[0]["time"])
+        self.assertEqual((self.utm.machine(IMAGE)["cpus"], self.utm.machine(IMAGE)["memory"]), (4, 4096))
+
+    def test_what_only_a_new_machine_can_have_is_exit_4_on_an_old_one(self) -> None:
+        self.image("other")
+        self.image()
+        self.vm("a", "started")
+        self.remember(a={"image": {"name": IMAGE, "uuid": self.utm.machine(IMAGE)["uuid"]}})
+        for args in (("--cpus", "2"), ("--memory", "1G"), ("--base", "other"), ("--rm",)):
+            self.assert_says(self.km("start", "a", *args), 4, "kodemachine start a --fresh")
+        self.assert_says(self.km("start", "a", "--disposable"), 4, "only a stopped machine", "kodemachine stop a")
+        self.assertEqual(set(self.utm.verbs()) - {"list", "ip-address"}, set())
+
+    def test_options_that_exclude_each_other_are_exit_2_and_nothing_happens(self) -> None:
+        for args in (
+            ("a", "--rm", "-d"),
+            ("a", "--rm", "--fresh", "-y"),
+            ("a", "-d", "--", "true"),
+            ("start", "a", "b"),
+            ("start", "a", "b", "--rm"),
+            ("start", "a", "b", "--", "true"),
+            ("start",),
+            ("-v", "-q", "a"),
+            ("a", "--cpus", "0"),
+            ("a", "--cpus", "two"),
+            ("a", "--memory", "4X"),
+            ("a", "--memory", "1M"),
+            ("a", "--timeout", "-1"),
+            ("a", "--timeout", "inf"),
+            ("a", "--json"),
+            ("ssh", "a", "--rm"),
+            ("ssh", "a", "b"),
+        ):
+            with self.subTest(args):
+                result = self.km(*args)
+                self.assertEqual(
+                    (result.code, result.out, len(result.err.splitlines()) <= 2), (2, "", True), result.err
+                )
+        self.assertEqual(self.utm.calls(), [])
+
+
+class OutTest(FleetCase):
+    """What a person and a pipe read."""
+
+    def test_results_are_alone_on_stdout(self) -> None:
+        sshd = self.with_sshd()
+        for flag in ((), ("-v",), ("-q",)):
+            result = self.km(*flag, "start", "-d", "a")
+            self.assertEqual((result.code, result.out), (0, sshd.hosts[0] + "\n"))
+            self.assertEqual(result.err == "", flag == ("-q",) or not flag and "a" in self.utm.names(), flag)
+
+    def test_piped_progress_is_one_plain_line_per_step(self) -> None:
+        self.with_sshd()
+        err = self.km("start", "-d", "a", env={"TERM": "xterm-256color"}).err
+        self.assertEqual(
+            err.splitlines(),
+            [
+                f"cloning {IMAGE} to km-a",
+                "starting km-a",
+                "checking the network address of km-a",
+                "waiting for ssh on km-a",
+                "naming the guest a",
+            ],
+        )
+
+    def test_verbose_shows_every_call_with_its_outcome_status_and_time(self) -> None:
+        uuid = self.vm("a", "started")
+        self.utm.fault("ip-address", error=-1712)
+        err = self.km("-v", "list").err
+        self.assertRegex(err, r"(?m)^\+ utmctl list: done, exit 0, \d+\.\d\d s$")
+        self.assertRegex(err, rf"(?m)^\+ utmctl ip-address {uuid}: transient -1712, exit 0, \d+\.\d\d s$")
+
+    def test_a_step_on_a_terminal_is_one_live_line_unless_it_is_dumb(self) -> None:
+        for env, live, colours in (
+            ({"TERM": "xterm"}, True, True),
+            ({"TERM": "dumb"}, False, False),
+            ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+            ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ):
+            with self.subTest(env):
+                label = f"m{len(self.utm.names())}"
+                self.vm(label, "started")
+                terminal = self.screen("stop", label, "nope", columns=70, **env)
+                self.assertEqual(terminal.wait(), 3)
+                text = terminal.seen.decode()
+                self.assertEqual(("\r\x1b[K" in text, bool(re.search("\x1b\\[[0-9]*m", text))), (live, colours), text)
+                plain = re.sub("\x1b\\[[0-9]*m", "", text)
+                lines = [
+                    re.split("\r\x1b\\[K", line)[-1] for line in plain.replace("\r\n", "\n").rstrip("\n").split("\n")
+                ]
+                self.assertEqual(sum(line.startswith("stopping ") for line in lines), 1, lines)
+                self.assertIn(f"{label} stopped", lines)
+                self.assertNotIn("\x1b", "".join(lines))
+
+    def test_elapsed_seconds_are_shown_while_it_lasts(self) -> None:
+        self.vm("a", "started", request_seconds=None)
+        terminal = self.screen("stop", "a", TERM="xterm")
+        terminal.expect(rb"\r\x1b\[Kstopping a  1 s")
+        self.utm.change("km-a", status="stopped")
+        self.assertEqual(terminal.wait(), 0)
+
+    def test_quiet_is_silent(self) -> None:
+        self.image()
+        self.vm("a", "started")
+        for args in (("stop", "a"), ("purge", "-y"), ("list",)):
+            self.assertEqual(self.km("-q", *args), (0, "", ""), args)
+        self.assert_says(self.km("-q", "stop", "a"), 3, "no machine a")
+
+    def test_with_json_an_error_is_one_object_on_stderr(self) -> None:
+        self.vm("off")
+        for _ in range(2):
+            self.vm("twin")
+        config = os.path.join(self.folder, "broken.json")
+        with open(config, "w", encoding="utf-8") as file:
+            file.write("{")
+        limits: Any = self.PATIENCE["LIMITS"]
+        impatient = {"LIMITS": {**limits, "list": 0.2}, "LOOK_LIMIT": 0.5}
+        fault: dict[str, Any]
+        for args, fault, code, slug in (
+            (("list", "--json", "--bogus"), {}, 2, "usage"),
+            (("--config", config, "list", "--json"), {}, 2, "usage"),
+            (("status", "nope", "--json"), {}, 3, "not-found"),
+            (("status", "--json", "twin"), {}, 4, "wrong-state"),
+            (("status", "--json", "off"), {"error": -1743}, 5, "utm-unreachable"),
+            (("list", "--json"), {"crash": "TRAP"}, 5, "utm-unreachable"),
+            (("list", "--json"), {"hang": True}, 6, "timeout"),
+        ):
+            with self.subTest(args):
+                self.utm.clear_faults()
+                if fault:
+                    self.utm.fault("list", **fault)
+                result = self.km_with(impatient if "hang" in fault else {}, *args)
+                self.assertEqual((result.code, result.out), (code, ""), result.err)
+                error = json.loads(result.err)["error"]
+                self.assertEqual((list(error), error["code"]), (["code", "message", "hint"], slug))
+                self.assertTrue(error["message"])
+
+    def test_a_reader_who_leaves_is_exit_141_without_a_word(self) -> None:
+        self.vm("a")
+        for args in (
+            ("list",),
+            ("list", "--json"),
+            ("status", "a"),
+            ("--help",),
+            ("help", "list"),
+            ("--version",),
+            ("config",),
+        ):
+            process = self.start_km(*args)
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            self.assertEqual((process.wait(20), process.stderr.read()), (141, b""), args)
+
+    def test_exit_statuses_are_the_documented_ones(self) -> None:
+        self.vm("a")
+        self.vm("deaf", "started", ignores_power_key=True)
+        for args, code in (
+            (("list",), 0),
+            (("purge",), 2),
+            (("bogus", "--bogus"), 2),
+            (("ssh", "nope"), 3),
+            (("ip", "a"), 4),
+            (("stop", "deaf", "-t", "0.2"), 6),
+        ):
+            self.assertEqual(self.km(*args).code, code, args)
+        self.utm.fault("list", error=-1743)
+        self.assertEqual(self.km("list").code, 5)
+        self.utm.clear_faults()
+        terminal = self.screen("purge")
+        terminal.expect(rb"\[y/N\] ")
+        terminal.send(b"n\n")
+        self.assertEqual(terminal.wait(), 1)
+
+    def test_a_signal_ends_it_with_128_and_its_number_and_leaves_no_child(self) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            uuid = self.vm(f"deaf{number}", "started", ignores_power_key=True)
+            process = self.start_km("stop", f"deaf{number}")
+            self.wait_until_asked("stop", uuid)
+            process.send_signal(number)
+            err = process.communicate(timeout=20)[1]
+            self.assertEqual((process.returncode, b"Traceback" in err), (128 + number, False), err)
+            self.assertNoChildrenLeft()
+
+    def test_a_signal_while_several_are_worked_on_ends_them_all(self) -> None:
+        for label in ("a", "b", "c"):
+            self.vm(label, "started", ignores_power_key=True)
+        process = self.start_km("stop", "--all")
+        wait_for(lambda: len({args[0] for args in self.asked("stop")}) == 3)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=20)[1]
+        self.assertEqual((process.returncode, b"Traceback" in err), (143, False), err)
+        self.assertNoChildrenLeft()
+
+    def test_every_command_has_help_that_mentions_its_options(self) -> None:
+        for name, entry in kodemachine.COMMANDS.items():
+            for word in (name, *entry.aliases):
+                result = self.km("help", word)
+                self.assertEqual((result.code, result.err), (0, ""), word)
+                for names, how in entry.options:
+                    shown = how.get("metavar") or ",".join(how.get("choices", [])) or names[0]
+                    for option in [n for n in names if n.startswith("-")] or [shown]:
+                        self.assertIn(option, result.out, word)
+                    self.assertTrue(how.get("help"), (name, names))
+            self.assertEqual(self.km(name, "--help").out, self.km("help", name).out)
+            self.assertRegex(result.out, rf"^usage: kodemachine {name} ")
+        top = self.km("help")
+        self.assertEqual(top, self.km("--help"))
+        shown = set(re.findall(r"(?m)^    ([a-z][a-z-]*)", top.out))
+        self.assertEqual(shown, {name for name, entry in kodemachine.COMMANDS.items() if not entry.hidden})
+        self.assert_says(self.km("help", "bogus"), 2, "bogus")
+        self.assert_says(self.km("stop", "-t", "x"), 2, "'x'\n  See: kodemachine help stop\n")
+        self.assertEqual(self.utm.calls(), [])
+
+    def test_what_is_not_needed_is_not_loaded(self) -> None:
+        self.vm("a")
+        modules = "; print('MODULES', *sorted(sys.modules), file=sys.stderr)"
+        argparse = (
+            "import argparse, sys; p = argparse.ArgumentParser(); p.add_subparsers().add_parser('x'); p.format_help()"
+        )
+        start = "import atexit, sys; sys.path.insert(0, sys.argv.pop(1)); atexit.register(lambda: exec(sys.argv[0]))"
+
+        def loaded(code: str, *args: str) -> set[str]:
+            result = self.run_program([sys.executable, "-IS", "-c", code, *args])
+            return set(result.err.rpartition("MODULES ")[2].split())
+
+        def loaded_by(*args: str) -> set[str]:
+            """Beyond what argparse loads by itself, which is more from year to year."""
+            where = os.path.dirname(KODEMACHINE)
+            code = (
+                f"{start.replace('exec(sys.argv[0])', modules[2:].replace(chr(39), chr(34)))}\n"
+                "import kodemachine; sys.exit(kodemachine.main(sys.argv[1:]))"
+            )
+            found = loaded(code, where, *args)
+            self.assertIn("kodemachine", found)
+            return found - loaded(argparse + modules)
+
+        heavy = {
+            "asyncio",
+            "concurrent",
+            "concurrent.futures",
+            "ctypes",
+            "dataclasses",
+            "difflib",
+            "email",
+            "hashlib",
+            "http",
+            "inspect",
+            "logging",
+            "multiprocessing",
+            "pathlib",
+            "queue",
+            "random",
+            "tempfile",
+            "typing_extensions",
+            "urllib",
+            "uuid",
+        }
+        quick = heavy | {"base64", "calendar", "plistlib", "socket", "termios", "xml"}
+        self.assertEqual(loaded_by("--version") & quick, set())
+        self.assertEqual(loaded_by("list", "--no-ip", "-q") & quick, set())
+        self.assertEqual(loaded_by("list") & (heavy - {"ctypes"} if sys.platform == "darwin" else heavy), set())
+
+
+class ArchitectureTest(unittest.TestCase):
+    """The promises of the file's first page, kept by its text."""
+
+    def setUp(self) -> None:
+        with open(KODEMACHINE, encoding="utf-8") as file:
+            self.tree = ast.parse(file.read())
+
+    def users(self, *patterns: str) -> set[str]:
+        """The top-level names inside of which a dotted name that matches is used."""
+        found = set()
+        for top in self.tree.body:
+            for node in ast.walk(top):
+                if isinstance(node, (ast.Attribute, ast.Name)) and any(
+                    re.fullmatch(p, ast.unparse(node)) for p in patterns
+                ):
+                    found.add(getattr(top, "name", f"line {top.lineno}"))
+        return found
+
+    def test_only_these_start_a_process(self) -> None:
+        starting = (
+            r"subprocess\.(Popen|run|call|check_\w+|getoutput|getstatusoutput)",
+            r"os\.(exec|spawn|posix_spawn)\w*",
+            r"os\.(system|fork|forkpty|popen)",
+            r"pty\.(fork|spawn)",
+        )
+        self.assertEqual(self.users(*starting), {"Call", "lend_terminal", "become"})
+
+    def test_only_these_write_to_the_standard_streams(self) -> None:
+        self.assertEqual(self.users(r"sys\.(__)?(stdout|stderr)(__)?"), {"Out", "main"})
+        self.assertEqual(self.users("print", "input", "breakpoint"), set())
+
+    def test_only_these_sleep(self) -> None:
+        self.assertEqual(self.users(r"time\.sleep"), {"attempts", "Prober"})
+
+    def test_nothing_below_names_what_is_above(self) -> None:
+        tiers = [
+            "Call",
+            "State",
+            "Intent",
+            "Config",
+            "Utmctl",
+            "Prober",
+            "VM",
+            "Manager",
+            "Out",
+            "Context",
+            "COMMANDS",
+            "build_parser",
+        ]
+        for upper in range(1, len(tiers)):
+            below = set(tiers[:upper])
+            self.assertEqual(self.users(re.escape(tiers[upper])) & below, set(), tiers[upper])
+        self.assertEqual(self.users(r"cmd_\w+") & set(tiers), set())
+
+    def test_every_public_name_is_explained(self) -> None:
+        definitions = (ast.FunctionDef, ast.ClassDef)
+        silent = [
+            top.name
+            for top in self.tree.body
+            if isinstance(top, definitions) and top.name[0] != "_" and not ast.get_docstring(top)
+        ]
+        for top in self.tree.body:
+            if isinstance(top, ast.ClassDef):
+                silent += [
+                    f"{top.name}.{node.name}"
+                    for node in top.body
+                    if isinstance(node, definitions) and node.name[0] != "_" and not ast.get_docstring(node)
+                ]
+        self.assertEqual(silent, [])
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        imported = {alias.name for node in ast.walk(self.tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {str(node.module) for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom)}
+        known = getattr(sys, "stdlib_module_names", None)  # from 3.10 on
+        imported = {name.partition(".")[0] for name in imported}
+        self.assertLessEqual(imported, known or imported)
+
+
+# ---- the demo and the sandbox
+
+
+class Stage:
+    """A world to show kodemachine in: a temporary HOME, the fake UTM, and the half of a guest that can be heard.
+
+    What is real in it: kodemachine, and the processes in the guests' folders. UTM, ssh and the guests' network and
+    serial console are imitations.
+    """
+
+    def __init__(self, folder: str) -> None:
+        os.chmod(folder, 0o711)  # the guests' processes may be nobody's
+        self.home, programs = os.path.join(folder, "home"), os.path.join(folder, "bin")
+        for path in (self.home, programs):
+            os.mkdir(path)
+        self.utm = Utm(os.path.join(folder, "utm"))
+        self.utm.install(programs, "utmctl", "osascript", "ssh")
+        with open(os.path.join(programs, "kodemachine"), "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(KODEMACHINE)} "$@"\n')
+        os.chmod(file.name, 0o755)
+        hosts = [host for host in self.utm.app()["addresses"] if not Sshd.why_not_bind(host)] or ["127.0.0.1"]
+        documents = os.path.join(self.home, "Documents of UTM")
+        self.utm.option(documents=documents, addresses=hosts, clone_seconds=0.7, launch_seconds=1.0)
+        console = {"kind": "ptty", "path": self._console()}
+        seconds = {"start_seconds": 0.8, "agent_after": 1.2, "request_seconds": 1.0}
+        self.utm.add("kodeimage-v0.2.0", disk=3 << 20, serials=[console], **seconds)
+        os.makedirs(os.path.join(self.home, ".config", "kodemachine"))
+        with open(os.path.join(self.home, ".config", "kodemachine", "config.json"), "w", encoding="utf-8") as file:
+            json.dump({"ssh_port": self._greeter(hosts), "documents": documents}, file)
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "KODEMACHINE_"))},
+            "HOME": self.home,
+            "PATH": programs + os.pathsep + os.environ.get("PATH", "/usr/bin:/bin"),
+        }
+
+    def _greeter(self, hosts: Sequence[str]) -> int:
+        """Greets on every host as an SSH server does, and says no more; returns the port."""
+        first = socket.create_server((hosts[0], 0))
+        port = int(first.getsockname()[1])
+        servers = [first, *(socket.create_server((host, port)) for host in hosts[1:])]
+
+        def greet(server: socket.socket) -> None:
+            while True:
+                with server.accept()[0] as connection:
+                    connection.sendall(b"SSH-2.0-demo\r\n")
+
+        for server in servers:
+            threading.Thread(target=greet, args=[server], daemon=True).start()
+        return port
+
+    def _console(self) -> str:
+        """A serial console at which nobody can log in; returns its device."""
+        master, slave = os.openpty()
+        tty.setraw(slave)  # and kept open: a pty without a slave is hung up
+
+        def talk() -> None:
+            while True:
+                typed = os.read(master, 4096).replace(b"\r", b"\r\n")
+                os.write(master, typed + b"\r\nguest login: " * typed.count(b"\n"))
+
+        threading.Thread(target=talk, daemon=True).start()
+        return os.ttyname(slave)
+
+    def run(self, command: str) -> int:
+        """Shows a command line, then runs it as a person would."""
+        print(f"\n\033[1m$ {command}\033[0m" if sys.stdout.isatty() else f"\n$ {command}", flush=True)
+        stderr = None if sys.stderr.isatty() else subprocess.STDOUT  # in their order, where both go to one file
+        return subprocess.run(["sh", "-c", command], env=self.environment, cwd=self.home, stderr=stderr).returncode
+
+
+def demo() -> int:
+    """A tour of kodemachine in a world without UTM; its exit status is 0 if everything went as it should."""
+    with tempfile.TemporaryDirectory(prefix="kodemachine-demo-") as folder:
+        stage = Stage(os.path.realpath(folder))
+        print("A tour of the real kodemachine. UTM, its machines and ssh are imitated, in " + folder)
+        statuses = [
+            stage.run("kodemachine project-alpha -- hostname"),
+            stage.run("kodemachine project-alpha -- 'echo reconnected to $(hostname)'"),
+            stage.run("kodemachine list"),
+        ]
+        print("\n# Apple Events time out. Here UTM reports an error for the clone (-1712), and finishes it later:")
+        stage.utm.fault("clone", error=-1712, when="after", delay=2, report_after=0.5, times=1)
+        statuses += [
+            stage.run("kodemachine -v start -d project-beta"),
+            stage.run("kodemachine list"),
+            stage.run("printf 'root\\n' | kodemachine attach project-beta --timeout 1"),
+            stage.run("kodemachine stop project-alpha"),
+            stage.run("kodemachine purge -y"),
+            stage.run("kodemachine list"),
+        ]
+    print("\nThat was it. To try it yourself: make sandbox")
+    return 1 if any(statuses) else 0
+
+
+def sandbox() -> int:
+    """A shell in which kodemachine works, on a fake UTM that ends with it."""
+    with tempfile.TemporaryDirectory(prefix="kodemachine-sandbox-") as folder:
+        stage = Stage(os.path.realpath(folder))
+        print("kodemachine works in this shell, on a fake UTM. Try: kodemachine project-alpha. To leave: exit")
+        shell = os.environ.get("SHELL", "/bin/sh")
+        return subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home).returncode
+
+
 # ---- running the tests
+
+TEST_LIMIT = 90  # seconds that one test may take
 
 
 class Worker:
@@ -2128,7 +6129,9 @@ class Outcome(NamedTuple):
 def run_one(test: str) -> Outcome:
     result = unittest.TestResult()
     started = time.monotonic()
+    faulthandler.dump_traceback_later(TEST_LIMIT, exit=True)  # a test that hangs has failed
     unittest.defaultTestLoader.loadTestsFromName(test, sys.modules[__name__]).run(result)
+    faulthandler.cancel_dump_traceback_later()
     failures = [text for _, text in result.errors + result.failures]
     failures += ["unexpected success"] * len(result.unexpectedSuccesses)
     skipped = "; ".join(reason for _, reason in result.skipped)
@@ -2197,19 +6200,20 @@ def main() -> int:
     parser.add_argument("-k", metavar="PATTERN", action="append", help="only tests whose name contains it")
     parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--demo", action="store_true", help="a tour of kodemachine, instead of tests")
+    parser.add_argument("--sandbox", action="store_true", help="a shell to try kodemachine in, instead of tests")
     options = parser.parse_args()
-    if options.worker:
-        return work()
+    for chosen, run in ((options.worker, work), (options.demo, demo), (options.sandbox, sandbox)):
+        if chosen:
+            return run()
     module, loader = sys.modules[__name__], unittest.defaultTestLoader
     loader.testNamePatterns = (
         [text if "*" in text else f"*{text}*" for text in options.k] if options.k else None
     )
-    if options.names:
-        suite = loader.loadTestsFromNames(options.names, module)
-    else:
-        suite = loader.loadTestsFromModule(module)
+    names = options.names
+    suite = loader.loadTestsFromNames(names, module) if names else loader.loadTestsFromModule(module)
     if loader.errors:
-        parser.error(f"no such tests: {' '.join(options.names)}")
+        parser.error(f"no such tests: {' '.join(names)}")
     done: list[Outcome] = []
     for outcome in outcomes(list(names_of(suite)), options.jobs):
         done.append(outcome)
