@@ -414,6 +414,11 @@ def one_edit(word: str, other: str) -> bool:
     return word[i + 1:] == other[i + 1:] or word[i:i + 2] == other[i:i + 2][::-1] and word[i + 2:] == other[i + 2:]
 
 
+def near_command(label: str) -> str | None:
+    """The command of three letters or more that a label is one edit away from."""
+    return next((word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+
+
 def size_text(size: int | None) -> str:
     """Bytes for a person: 0B, 512M, 4.2G."""
     if size is None:
@@ -715,7 +720,7 @@ class State:
                 return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-                if not told and limit - left > 0.5:
+                if not told and limit - left > 0.5 and owner != str(os.getpid()):
                     told = True
                     self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {what}")
         kind = TimedOut if limit else Busy
@@ -734,7 +739,7 @@ class State:
         return {}
 
     def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-        with self.lock("records", 30):
+        with self.lock("records", 30, what="its records"):
             records = self.records()
             before = json.dumps(records)
             change(records)
@@ -765,7 +770,7 @@ class State:
 
     def pin(self, name: str, keys: Sequence[str]) -> None:
         """Makes `keys` (validated) the only known ones of `name`."""
-        with self.lock("records", 30):
+        with self.lock("records", 30, what="its records"):
             old = (read_text(self.known_hosts) or "").splitlines()
             lines = [line for line in old if line.split(" ")[0] != name] + [f"{name} {key}" for key in keys]
             if lines != old:
@@ -970,6 +975,7 @@ on run argv
     set report to ""
     repeat with vm in (get virtual machines)
       try
+        set report to report & id of vm & " -\\n"
         set config to configuration of vm
         set nics to network interfaces of config
         repeat with nic in nics
@@ -1407,10 +1413,13 @@ class VM:
         """
         prober, ask_at, pause = Prober(port), 0.0, 0.2
         known: list[str] = []
-        began, told = time.monotonic(), False
-        deadline = began + limit
+        began, warned = time.monotonic(), False
+        deadline, quiet = began + limit, bool(call)     # a reconnect says nothing, unless it takes long
         try:
             while time.monotonic() < deadline:
+                if quiet and time.monotonic() > began + 0.5:
+                    quiet = False
+                    self._notes.step(f"waiting for ssh on {self.name}")
                 if call is None and time.monotonic() >= ask_at:
                     call = self._utm.begin("ip-address", self.uuid)
                 winner = prober.step(0.02) if known or not call else None
@@ -1425,8 +1434,8 @@ class VM:
                     if reply.outcome is not Outcome.DONE:
                         self._utm.insist(reply)
                         self._must_run()
-                if not told and prober.unreachable and time.monotonic() > began + 8 and local_network_rules():
-                    told = True
+                if not warned and prober.unreachable and time.monotonic() > began + 8 and local_network_rules():
+                    warned = True
                     self._notes.warn(LOCAL_NETWORK)
                 self._notes.tick()
         finally:
@@ -1437,13 +1446,13 @@ class VM:
             f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
             LOCAL_NETWORK
             if prober.unreachable and local_network_rules()
-            else "Look at its console (kodemachine attach LABEL), or allow more time with --timeout.",
+            else f"Look at its console (kodemachine attach {self.name}), or allow more time with --timeout.",
         )
 
     def _must_run(self) -> None:
         if self.status() in (Power.STOPPED, Power.PAUSED):
             raise KodeError(f"{self.name} is {self.power.value}: it went off while it was being waited for",
-                            "Its console may tell more: kodemachine start -d LABEL, then kodemachine attach LABEL")
+                            f"Its console may tell more, once it is started again: kodemachine attach {self.name}")
 
     def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
                   macs: Sequence[str] = ()) -> Reply:
@@ -1465,8 +1474,13 @@ class VM:
             if reply.outcome is Outcome.DONE:
                 found: dict[str, list[str]] = {}
                 for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
-                    found.setdefault(uuid, []).append(mac.upper() if MAC.fullmatch(mac) else "?")
-                mine = found.pop(self.uuid, [])
+                    macs = found.setdefault(uuid, [])
+                    if mac != "-":
+                        macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+                if self.uuid not in found:      # an empty answer, as while UTM starts, proves nothing
+                    problem = "UTM's answer lacks it"
+                    continue
+                mine = found.pop(self.uuid)
                 others = {mac for macs in found.values() for mac in macs}
                 shared = [mac in others or mine.count(mac) > 1 or "?" in {mac, *others} for mac in mine]
                 if not (any(shared) or memory or cpus):
@@ -1508,7 +1522,7 @@ class VM:
                 self._utm.insist(self._utm.call(*words))
                 again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED else ASK_AGAIN)
         raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
-                       "Turn it off hard: kodemachine stop --force LABEL")
+                       f"Turn it off hard: kodemachine stop --force {self.name}")
 
     def force_off(self, kill: bool = False) -> None:
         """Turns off through UTM's stages, --force and then --kill, until the state is `stopped` (contract 2)."""
@@ -1522,9 +1536,11 @@ class VM:
                     if power is Power.PAUSED:       # --force is refused there
                         break
                 elif time.monotonic() >= again_at and (stage == "--kill" or power is Power.STARTED):
-                    self._utm.insist(self._utm.call("stop", self.uuid, stage))
+                    self._utm.insist(self._utm.call("stop", self.uuid, stage, limit=FORCE_STAGE / 2))
                     again_at = time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.value})", "Quit UTM and open it again.")
+        if self.status() is not Power.STOPPED:      # the last request was not looked after yet
+            raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.value})",
+                           "Quit UTM and open it again.")
 
     def suspend(self, limit: float, save: bool) -> None:
         """Pauses to memory, with `save` also to disk; raises KodeError if only the pause succeeded (contract 2)."""
@@ -1538,15 +1554,15 @@ class VM:
                 return
             if power is Power.PAUSED and not asked:
                 raise WrongState(f"{self.name} is paused already; only a running machine can be saved",
-                                 "First: kodemachine resume LABEL")
+                                 f"First: kodemachine resume {self.name}")
             if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED:
                 raise KodeError(
                     f"{self.name} is paused in memory, but was not saved to disk: {printable(asked.sentence)}",
-                    "It goes on with: kodemachine resume LABEL",
+                    f"It goes on with: kodemachine resume {self.name}",
                 )
             if power is Power.PAUSED:
                 raise TimedOut(f"{self.name} is paused; UTM gave no answer to whether it was saved to disk",
-                               "It goes on with: kodemachine resume LABEL")
+                               f"It goes on with: kodemachine resume {self.name}")
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
                     raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
@@ -1607,20 +1623,26 @@ class VM:
                 self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
             return int(code), out, said
         self._utm.insist(reply)
-        if reply.outcome is Outcome.DONE:
+        if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
             raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known")
         raise KodeError(f"the command was not run in {self.name}: {printable(reply.sentence) or reply.outcome.value}",
-                        "It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh LABEL")
+                        f"It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh {self.name}")
 
     def serial_port(self, index: int | None) -> str:
         """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""
-        reply = self._utm.insist(self._utm.call("attach", self.uuid,
-                                                *([f"--index={index}"] if index is not None else [])))
+        options = [f"--index={index}"] if index is not None else []
+        for _ in attempts(LIMITS["attach"], self._notes.tick, 0.2, 2.0):
+            reply = self._utm.insist(self._utm.call("attach", self.uuid, *options))
+            if reply.outcome in (Outcome.DONE, Outcome.FAILED):
+                break
         match = re.search(r"^(?:PTTY|TCP): (\S+)$", reply.out, re.MULTILINE)
         if match:
             return match.group(1)
-        if reply.outcome is not Outcome.DONE:
+        if reply.outcome is Outcome.FAILED:
             raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}")
+        if reply.outcome is not Outcome.DONE:
+            raise TimedOut(f"UTM does not tell the serial port of {self.name} ({reply.outcome.value})",
+                           "Is it busy? Look at UTM's window, then try again.")
         raise KodeError(
             f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
             "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.",
@@ -1658,7 +1680,7 @@ class Cloner:
         if not found or row.uuid in found["listed"]:
             return False
         self._state.record(row.uuid, name=row.name, image={"name": found["base"], "uuid": found["base_uuid"]},
-                           created=iso_time(found["time"]))
+                           created=iso_time(found["time"]), new=True)
         intent.remove()
         return True
 
@@ -1834,13 +1856,12 @@ class Manager:
         if text == ".":
             label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(os.getcwd()).lower()).strip("-")
             label = label[:63 - len(self.settings.prefix)].rstrip("-")
-        shown = printable(text) if text else "an empty word"
         if label in RESERVED:
-            raise UsageError(f"{shown!r} is a command of kodemachine and cannot be a machine's label",
+            raise UsageError(f"{label!r} is a word of kodemachine's own and cannot be a machine's label",
                              "See: kodemachine help")
         if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
             raise UsageError(
-                f"{shown!r} cannot be a label",
+                f"{printable(text)!r} cannot be a label",
                 "A label has lower-case letters, digits and inner hyphens, such as project-alpha.",
             )
         if len(self.settings.prefix + label) > 63:
@@ -1901,7 +1922,7 @@ class Manager:
 
     @contextlib.contextmanager
     def _fleet(self) -> Iterator[None]:
-        with self.state.lock("fleet", self.settings.lock_limit):
+        with self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
             yield
 
     def record_of(self, uuid: str) -> dict[str, Any]:
@@ -1954,7 +1975,7 @@ class Manager:
     def _may_clone(self, label: str, wishes: Wishes) -> None:
         if not wishes.may_clone:
             raise NotFound(f"there is no machine {label}", f"Make it: kodemachine {label}")
-        near = next((word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+        near = near_command(label)
         if wishes.bare and near:
             raise UsageError(f"there is no machine {label}; did you mean {near!r}?",
                              f"To make a machine of that name all the same: kodemachine start {label}")
@@ -1968,7 +1989,8 @@ class Manager:
         image = record.get("image") or {}
         if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
             raise WrongState(f"{row.name} was cloned from {printable(image.get('name', 'an unknown image'))}", again)
-        if wishes.cpus or wishes.memory:
+        unstarted = record.get("new") and row.power is Power.STOPPED    # by a run that was cut off
+        if (wishes.cpus or wishes.memory) and not unstarted:
             raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
         if wishes.disposable and record.get("saved"):
             raise WrongState(f"{row.name} has a saved session, which --disposable would lose",
@@ -2019,8 +2041,8 @@ class Manager:
             vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
                         before_cold=lambda: self._before_cold_start(vm, record, wishes))
             record = self.record_of(vm.uuid)
-        if record.get("saved"):
-            self.state.record(vm.uuid, saved=None)
+        if record.get("saved") or record.get("new"):
+            self.state.record(vm.uuid, saved=None, new=None)
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
@@ -2039,9 +2061,11 @@ class Manager:
         self.state.record(vm.uuid, disposable=wishes.disposable or None,
                           host_keys=None if lost_keys else record.get("host_keys"))
 
-    def read_guest(self, vm: VM, label: str) -> tuple[list[str], str] | None:
+    def read_guest(self, vm: VM, label: str, *, needed: bool = False) -> tuple[list[str], str] | None:
         """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
         reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", label)
+        if needed:
+            self.utm.insist(reply)
         pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
         told = dict(pairs)
         if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
@@ -2183,6 +2207,8 @@ class Manager:
     def suspend(self, label: str, *, save: bool) -> str:
         """Pauses a machine to memory, or to disk; returns what was done."""
         vm = self.find(label)
+        if vm.power is Power.PAUSED and not save:
+            return "is suspended already"
         if save and self.record_of(vm.uuid).get("disposable"):
             raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk")
         before = self.record_of(vm.uuid).get("saved")
@@ -2459,19 +2485,23 @@ class Out(Notes):
         name = "\x1b[31mkodemachine:\x1b[0m" if self._colour else "kodemachine:"
         self._err(f"{name} {message}" + (f"\n  {hint}" if hint else ""))
 
-    def result(self, text: str) -> None:
-        """A result. Raises BrokenPipeError when nobody reads."""
+    def raw(self, out: bytes, err: bytes = b"") -> None:
+        """Bytes for our two streams, as they are. Raises BrokenPipeError when nobody reads, KodeError on a full disk."""
         self.end_step()
-        sys.stdout.write(printable(text) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stderr.buffer.write(err)
+            sys.stderr.flush()
+            sys.stdout.buffer.write(out)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as failure:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the flush at exit fails once more
+            raise KodeError(f"the output cannot be written: {failure.strerror}") from None
 
-    def raw(self, out: bytes, err: bytes) -> None:
-        """What a guest's command said on its two streams, as it is. Raises BrokenPipeError when nobody reads."""
-        self.end_step()
-        sys.stderr.buffer.write(err)
-        sys.stderr.flush()
-        sys.stdout.buffer.write(out)
-        sys.stdout.flush()
+    def result(self, text: str) -> None:
+        """A result."""
+        self.raw((printable(text) + "\n").encode())
 
     def json(self, value: object) -> None:
         """A result for a program."""
@@ -2492,7 +2522,13 @@ class Out(Notes):
             raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
                              "Add -y to go ahead without a question.")
         self._err(f"{printable(question)} [y/N] ", "")
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+        answer = ""
+        try:
+            answer = sys.stdin.readline()
+        finally:
+            if not answer:
+                self._err("")           # Ctrl-C or Ctrl-D: what follows begins a line
+        return answer.strip().lower() in ("y", "yes")
 
 
 # ---- commands
@@ -2539,26 +2575,31 @@ def option(*names: str, **how: Any) -> Option:
 
 def seconds(text: str) -> float:
     """A positive number of seconds."""
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise ValueError(text)
-    return value
+    if not re.fullmatch(r"\d{1,6}(?:\.\d+)?|\.\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no positive number of seconds")
+    return float(text)
 
 
 def count(text: str) -> int:
     """A positive whole number."""
-    value = int(text)
-    if not 0 < value < 1000:
-        raise ValueError(text)
-    return value
+    if not re.fullmatch(r"[1-9]\d{0,2}", text):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no positive whole number")
+    return int(text)
 
 
 def mebibytes(text: str) -> int:
-    """A size such as 4G or 512M, in MiB."""
-    value = parse_size(text) >> 20
-    if not 32 <= value < 1 << 24:
-        raise ValueError(text)
-    return value
+    """A size of memory, in MiB."""
+    with contextlib.suppress(ValueError):
+        if 32 <= parse_size(text) >> 20 < 1 << 24:
+            return parse_size(text) >> 20
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of memory, such as 4G or 512M")
+
+
+def period(text: str) -> float:
+    """A length of time, in seconds."""
+    with contextlib.suppress(ValueError):
+        return parse_age(text)
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no length of time, such as 12h or 7d")
 
 
 LABEL_ARG = option("label", help="the machine")
@@ -2691,10 +2732,15 @@ def wishes_of(opts: Arguments) -> Wishes:
          option("--gui", action="store_true", help="do not hide UTM"),
          option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"))
 def cmd_start(ctx: Context, opts: Arguments) -> int:
-    """clone if missing, start, and connect by ssh"""
+    """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
     opts.all = False
     labels = chosen(ctx, opts)
+    if len(labels) > 1 and opts.bare:
+        near = near_command(labels[0])
+        raise UsageError(f"there is no command {labels[0]}; did you mean {near!r}?" if near else
+                         "one label at a time, unless with: kodemachine start -d",
+                         f"To run a command there: kodemachine {labels[0]} -- {' '.join(labels[1:])}")
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
     if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
@@ -2748,7 +2794,7 @@ def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None
 
 def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
     """--repin: reads the host keys anew through the guest agent, which no network can forge, shows them, and asks."""
-    told = ctx.manager.read_guest(vm, label)
+    told = ctx.manager.read_guest(vm, label, needed=True)
     if not told or not told[0]:
         raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed")
     old = ctx.manager.record_of(vm.uuid).get("host_keys") or []
@@ -2794,7 +2840,7 @@ def throw_out(ctx: Context, vm: VM, label: str) -> None:
 @command("ssh", LABEL_ARG, option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
          option("--gui", action="store_true", help="do not hide UTM"))
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
-    """start if needed and connect, but never clone"""
+    """start if needed and connect, or run what follows --, but never clone"""
     label = ctx.manager.label(opts.label)
     wishes = Wishes(gui=opts.gui, timeout=opts.timeout, may_clone=False)
     with ctx.manager.holding(label):
@@ -2804,7 +2850,7 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
 
 @command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"))
 def cmd_exec(ctx: Context, opts: Arguments) -> int:
-    """run a command as root through the guest agent, without network or ssh"""
+    """run what follows -- as root through the guest agent, without network or ssh"""
     if not opts.rest:
         raise UsageError("exec needs a command after --",
                          f"Such as: kodemachine exec {printable(opts.label)} -- ip addr")
@@ -2921,7 +2967,9 @@ def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]
     lines = []
     for row, machine in zip(rows, machines):
         record = ctx.manager.record_of(row.uuid)
-        marks = [mark for mark, here in (("saved", record.get("saved")), ("--rm", ctx.manager.is_orphan(row))) if here]
+        kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row),
+                "disposable": record.get("disposable") and row.power is not Power.STOPPED}
+        marks = [mark for mark, here in kept.items() if here]
         lines.append([machine.label or machine.name, machine.status + (f" ({', '.join(marks)})" if marks else ""),
                       machine.ip or "-", machine.image or "-", size_text(machine.memory), size_text(machine.size),
                       size_text(machine.frees), age_text(age_of(machine.created))])
@@ -2985,7 +3033,7 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     """the address that answers, alone on stdout"""
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power in (Power.STOPPED, Power.PAUSED) or (vm.power is not Power.STARTED and not opts.wait):
-        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address", "Start it: kodemachine start -d LABEL")
+        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address", f"Start it: kodemachine start -d {vm.name}")
     if opts.all:
         addresses = vm.addresses()
         if not addresses:
@@ -3096,7 +3144,7 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
 
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
          option("--all", action="store_true", help="running, paused and saved ones too"),
-         option("--older-than", type=parse_age, metavar="AGE", help="made longer ago than this, such as 7d"),
+         option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
          option("--image", metavar="NAME", help="cloned from this image"),
          option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
@@ -3208,7 +3256,7 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     elif opts.action == "set":
         if opts.key is None or opts.value is None:
             raise UsageError("config set needs a key and a value", "Keys: " + ", ".join(SETTINGS))
-        with ctx.manager.state.lock("fleet", 30):
+        with ctx.manager.state.lock("fleet", 30, what="the fleet"):
             ctx.config.set(opts.key, opts.value)
     else:
         values = ctx.manager.settings._asdict()
@@ -3224,6 +3272,11 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
 @command("help", option("topic", nargs="?", metavar="command", help="the command to explain"))
 def cmd_help(ctx: Context, opts: Arguments) -> int:
     """this help, or that of one command"""
+    names = {name for command, entry in COMMANDS.items() for name in (command, *entry.aliases)}
+    if opts.topic and opts.topic not in names:
+        near = near_command(opts.topic)
+        raise UsageError(f"there is no command {printable(opts.topic)}" + (f"; did you mean {near!r}?" if near else ""),
+                         "See: kodemachine help")
     build_parser().parse_args([opts.topic, "--help"] if opts.topic else ["--help"])
     return 0
 
@@ -3301,14 +3354,19 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     """Parses, builds the layers, and runs the command."""
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
-    opts = build_parser().parse_args(words)
+    opts, unknown = build_parser().parse_known_args(words)
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet, opts.verbose
+    takes_rest = opts.command in ("start", "ssh", "exec")
+    if unknown:
+        hint = "A command to run in the machine stands behind --. " * takes_rest
+        raise UsageError(f"{opts.command or 'kodemachine'} does not take {printable(unknown[0])!r}",
+                         f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
+    if rest is not None and not takes_rest:
+        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --")
     if opts.command is None:
         build_parser().print_help()
         return 0
-    if rest is not None and opts.command not in ("start", "ssh", "exec"):
-        raise UsageError(f"{opts.command} takes no command after --")
     config = Config(os.path.abspath(opts.config) if opts.config else config_path())
     if opts.config and not os.path.exists(config.path):
         raise UsageError(f"{config.path}: there is no such file")

@@ -562,6 +562,8 @@ class Tool:
             self.rule = rule = utm.fault(self.name, verb, self.argv)
             self.language, latency = rule.get("language", utm.app["language"]), utm.app["latency"]
         time.sleep(latency)
+        if rule.get("kill_parent") == "before":
+            self.kill_parent()
         if "stdout" in rule or "stderr" in rule:
             self.out = []
             self.say(rule.get("stdout", ""))
@@ -582,6 +584,8 @@ class Tool:
                 self.drive(work, rule.get("delay", 0), limit)
             except Refused as refusal:
                 error = error or refusal
+        if rule.get("kill_parent") == "after":
+            self.kill_parent()
         while rule.get("hang"):
             time.sleep(60)
         if error:
@@ -610,6 +614,14 @@ class Tool:
             if time.monotonic() >= deadline:
                 return
             delay = 0.0
+
+    @staticmethod
+    def kill_parent() -> None:
+        """Whoever called us dies by kill -9; we go on."""
+        import signal
+
+        if os.getppid() > 1:  # 1: it is dead already
+            os.kill(os.getppid(), signal.SIGKILL)
 
     @staticmethod
     def crash(name: str) -> None:
@@ -1015,9 +1027,10 @@ class Osascript(Tool):
         return vm
 
     def operation_addresses(self) -> Iterator[float]:
-        """One line `UUID MAC` for every network interface."""
+        """One line `UUID -` for every machine, and `UUID MAC` for every network interface."""
         yield 0
         for vm in self.utm.vms if self.utm.awake() else []:
+            self.say(f"{vm['uuid']} -\n")
             self.say("".join(f"{vm['uuid']} {mac}\n" for mac in vm["macs"]))
 
     def operation_configure(
@@ -1032,7 +1045,9 @@ class Osascript(Tool):
 
 def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
     """For the demo, where there may be no sshd: becomes a shell in the guest's folder, with the guest's programs."""
-    name = next(word.partition("=")[2] for word in argv if word.startswith("HostKeyAlias="))
+    name = next((word.partition("=")[2] for word in argv if word.startswith("HostKeyAlias=")), None)
+    if name is None:
+        raise Exit(255, "This ssh is an imitation that only kodemachine can use. For cp and names it takes a real one.")
     command = " ".join(argv[argv.index("--") + 2 :])
     with utm:
         vm = utm.find(name)
@@ -1047,6 +1062,8 @@ def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
 def fake_main(tool: str, folder: str) -> int:
     """The fake program `tool`: Utmctl or Osascript, or the real ssh or scp with the test's configuration."""
     utm, argv = FakeUTM(folder), sys.argv[1:]
+    if tool == "scp" and not os.path.exists(utm.path("scp.real")):
+        sys.exit("There is no scp here: for cp it takes a real ssh.")
     program = Osascript(utm, argv) if tool == "osascript" else Utmctl(utm, argv)
     null = os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev
     stdin = "null" if null else "tty" if os.isatty(0) else "other"
@@ -1243,6 +1260,7 @@ class Utm:
           stdout, stderr, status  in place of everything else
           hide_error    the number of an error of --hide, before the verb succeeds
           no_app        "Application not found."
+          kill_parent   the caller is killed, "before" or "after" it is done
         How:
           when          "before" (nothing is done; the default) or "after" (done all the same)
           delay         seconds until it is done
@@ -1250,7 +1268,7 @@ class Utm:
         """
         known = (
             "tool vm contains skip times nth error string crash hang silent empty stdout stderr status no_app"
-            " lookup language partial unknown blank hide_error when delay report_after"
+            " kill_parent lookup language partial unknown blank hide_error when delay report_after"
         )
         assert not set(rule) - set(known.split()), rule
         with self.fake as utm:
@@ -1750,7 +1768,7 @@ class FakeTest(Case):
 
     def test_until_its_window_shows_utm_has_no_machines(self) -> None:
         self.image("base")
-        self.utm.option(running=False, launch_seconds=0.3)
+        self.utm.option(running=False, launch_seconds=2)
         self.assert_utmctl("list", 0, Utmctl.HEADER)
         self.assert_utmctl("status base", 1, "", NOT_FOUND)
         wait_for(lambda: "base" in self.utmctl("list").out)
@@ -2047,8 +2065,8 @@ class FakeTest(Case):
 
     def test_osascript_reads_and_changes_settings(self) -> None:
         uuid = self.utm.add("km-a", macs=["02:00:00:00:00:01", "02:00:00:00:00:02"])
-        self.utm.add("no interface", macs=[])
-        lines = f"{uuid} 02:00:00:00:00:01\n{uuid} 02:00:00:00:00:02\n"
+        bare = self.utm.add("no interface", macs=[])
+        lines = f"{uuid} -\n{uuid} 02:00:00:00:00:01\n{uuid} 02:00:00:00:00:02\n{bare} -\n"
         self.assertEqual(self.osascript("addresses"), (0, lines, ""))
         changed = self.osascript("configure", uuid, "km-b", "512", "1", "", "02:00:00:00:00:03")
         self.assertEqual(changed, (0, "km-b\n512\n1\n02:00:00:00:00:01\n02:00:00:00:00:03\n", ""))
@@ -3751,19 +3769,20 @@ class ExecTest(Case):
         self.assertIn(b"cut at 16 MiB", err)
 
     def test_a_lost_result_is_no_success(self) -> None:
-        self.utm.fault("exec", error=-1712, when="after")
-        result = self.execute("true")
-        self.assertEqual((result.code, result.out), (1, ""))
-
-    def test_without_an_agent_it_says_what_is_missing(self) -> None:
-        for rule in ({"error": -2700, "string": "The agent is not running."}, {"crash": "TRAP"}):
+        for rule in ({"error": -1712, "when": "after"}, {"crash": "TRAP"}):
             with self.subTest(rule):
                 self.utm.fault("exec", **rule)
                 result = self.execute("true")
-                self.assertEqual(result.code, 1)
-                self.assertIn("was not run in km-a", result.err)
-                self.assertIn("qemu-guest-agent", result.err)
+                self.assertEqual((result.code, result.out), (1, ""))
+                self.assertIn("whether the command has run is not known", result.err)
                 self.utm.clear_faults()
+
+    def test_without_an_agent_it_says_what_is_missing(self) -> None:
+        self.utm.fault("exec", error=-2700, string="The agent is not running.")
+        result = self.execute("true")
+        self.assertEqual(result.code, 1)
+        self.assertIn("was not run in km-a: The agent is not running.", result.err)
+        self.assertIn("qemu-guest-agent", result.err)
 
     def test_it_wants_a_command_and_a_running_machine(self) -> None:
         self.assertEqual(self.km("exec", "a").code, 2)
@@ -4867,8 +4886,8 @@ class StopTest(FleetCase):
         for args, words in (
             ((), "stop needs a label"),
             (("a", "--all"), "not both"),
-            (("a", "-t", "0"), "invalid"),
-            (("-t", "x", "a"), "invalid"),
+            (("a", "-t", "0"), "no positive number of seconds"),
+            (("-t", "x", "a"), "no positive number of seconds"),
         ):
             self.assert_says(self.km("stop", *args), 2, words)
         self.assertEqual(self.utm.calls(), [])
@@ -5076,8 +5095,8 @@ class DeleteTest(FleetCase):
             ("twin", 4, twins[0]),
             ("twin", 4, twins[1]),
             (twins[0], 2, "cannot be a label"),
-            ("list", 2, "is a command"),
-            ("", 2, "an empty word"),
+            ("list", 2, "kodemachine's own"),
+            ("", 2, "cannot be a label"),
         ):
             with self.subTest(label):
                 self.assert_says(self.km("delete", "--force", label), code, words)
@@ -5087,7 +5106,7 @@ class DeleteTest(FleetCase):
     def test_a_machine_that_was_renamed_or_started_meanwhile_is_not_deleted(self) -> None:
         for label, change, words in (
             ("a", {"name": "precious", "status": "stopped"}, "not the clone km-a any more"),
-            ("b", {"status": "stopped"}, "km-b is started"),
+            ("b", {"status": "stopped"}, "km-b is st"),  # started, or still stopping
         ):
             uuid = self.vm(label, "started", stuck=["stopping"])
             if label == "b":  # seen off by `status`, and on again when the deletion is prepared
@@ -5188,8 +5207,8 @@ class PurgeTest(FleetCase):
         self.fleet()
         self.assert_says(self.km("purge"), 2, "needs a yes", "Add -y")
         self.assert_says(self.km("purge", "--all", "--stopped", "-y"), 2, "not both")
-        self.assert_says(self.km("purge", "-y", "--older-than", "7"), 2, "invalid")
-        self.assert_says(self.km("purge", "-y", "a"), 2, "unrecognized")
+        self.assert_says(self.km("purge", "-y", "--older-than", "7"), 2, "no length of time")
+        self.assert_says(self.km("purge", "-y", "a"), 2, "does not take 'a'")
         self.assertEqual((self.clones(), self.utm.calls("delete")), (["a", "saved", "on", "frozen"], []))
 
     def test_on_a_terminal_it_shows_the_list_and_the_bytes_and_asks(self) -> None:
@@ -5848,7 +5867,7 @@ class OutTest(FleetCase):
         shown = set(re.findall(r"(?m)^    ([a-z][a-z-]*)", top.out))
         self.assertEqual(shown, {name for name, entry in kodemachine.COMMANDS.items() if not entry.hidden})
         self.assert_says(self.km("help", "bogus"), 2, "bogus")
-        self.assert_says(self.km("stop", "-t", "x"), 2, "'x'\n  See: kodemachine help stop\n")
+        self.assert_says(self.km("stop", "-t", "x"), 2, "seconds\n  See: kodemachine help stop\n")
         self.assertEqual(self.utm.calls(), [])
 
     def test_what_is_not_needed_is_not_loaded(self) -> None:
@@ -5979,6 +5998,48 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLessEqual(imported, known or imported)
 
 
+# ---- words that are a little wrong
+
+
+class MistakesTest(Case):
+    """What a person is told who typed something else than was meant."""
+
+    def test_each_gets_one_line_and_the_way_on(self) -> None:
+        self.image()
+        for words, status, message, hint in (
+            (["sotp", "alpha"], 2, "there is no command sotp; did you mean 'stop'?", "kodemachine sotp -- alpha"),
+            (["alpha", "hostname"], 2, "one label at a time", "kodemachine alpha -- hostname"),
+            (["exec", "alpha", "hostname"], 2, "exec does not take 'hostname'", "stands behind --"),
+            (["stop", "alpha", "--now"], 2, "stop does not take '--now'", "kodemachine help stop"),
+            (["--", "hostname"], 2, "there is no label before --", ""),
+            (["list", "--", "hostname"], 2, "list takes no command after --", ""),
+            (["help", "lsit"], 2, "there is no command lsit; did you mean 'list'?", "kodemachine help"),
+            (["version"], 2, "'version' is a word of kodemachine's own", "kodemachine help"),
+            (["start", "a", "b"], 2, "several labels need --detach", "kodemachine start -d a b"),
+            (["start", "-d", "a", "b", "--fresh"], 2, "need -y", ""),
+            (["start", "alpha", "--memory", "much"], 2, "'much' is no size of memory", "kodemachine help start"),
+        ):
+            with self.subTest(words):
+                result = self.km(*words)
+                self.assertEqual((result.code, result.out), (status, ""))
+                first, _, second = result.err.partition("\n")
+                self.assertIn(message, first)
+                self.assertIn(hint, second)
+        self.assertEqual(self.utm.names(), ["kodeimage-v0.2.0"])
+
+    def test_output_that_cannot_be_written_is_an_error_and_no_traceback(self) -> None:
+        if not os.path.exists("/dev/full"):
+            return  # only Linux has a disk that is always full
+        self.utm.add("km-a")
+        with open("/dev/full", "wb") as full:
+            process = subprocess.Popen(
+                self.command("list"), stdout=full, stderr=subprocess.PIPE, env=self.environment, cwd=self.home
+            )
+            said = process.communicate(timeout=20)[1].decode()
+        self.assertEqual((process.returncode, said.count("\n")), (1, 1))
+        self.assertIn("the output cannot be written: ", said)
+
+
 # ---- the demo and the sandbox
 
 
@@ -5995,7 +6056,7 @@ class Stage:
         for path in (self.home, programs):
             os.mkdir(path)
         self.utm = Utm(os.path.join(folder, "utm"))
-        self.utm.install(programs, "utmctl", "osascript", "ssh")
+        self.utm.install(programs, "utmctl", "osascript", "ssh", "scp")
         with open(os.path.join(programs, "kodemachine"), "w", encoding="utf-8") as file:
             file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(KODEMACHINE)} "$@"\n')
         os.chmod(file.name, 0o755)
@@ -6022,7 +6083,7 @@ class Stage:
 
         def greet(server: socket.socket) -> None:
             while True:
-                with server.accept()[0] as connection:
+                with contextlib.suppress(OSError), server.accept()[0] as connection:
                     connection.sendall(b"SSH-2.0-demo\r\n")
 
         for server in servers:
@@ -6077,9 +6138,11 @@ def sandbox() -> int:
     """A shell in which kodemachine works, on a fake UTM that ends with it."""
     with tempfile.TemporaryDirectory(prefix="kodemachine-sandbox-") as folder:
         stage = Stage(os.path.realpath(folder))
-        print("kodemachine works in this shell, on a fake UTM. Try: kodemachine project-alpha. To leave: exit")
+        print("kodemachine works in this shell, on a fake UTM; but not cp and ssh by name, for ssh is imitated too.")
+        print("Try: kodemachine project-alpha. To leave: exit")
         shell = os.environ.get("SHELL", "/bin/sh")
-        return subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home).returncode
+        subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home)
+        return 0
 
 
 # ---- running the tests
