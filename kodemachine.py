@@ -188,8 +188,7 @@ class Outcome(enum.Enum):
 
 
 class Reply(NamedTuple):
-    """The answer to one call. `numbers` are those of all Apple Event errors on stderr, in order; `raw`: both
-    streams."""
+    """The answer to one call; `numbers` of all Apple Event errors on stderr, in order, and `raw`, both streams."""
 
     outcome: Outcome
     code: int
@@ -326,15 +325,13 @@ def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
 
 
 def was_not_heard(reply: Reply) -> bool:
-    """Whether UTM probably never took a request: so that, if nothing has changed, it may be made once more (contract
-    4)."""
+    """Whether UTM probably never took a request, which may be made once more if nothing has changed (contract 4)."""
     return reply.outcome is Outcome.MISSING or \
         (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
 
 
 def parse_list(out: str) -> tuple[list[Row], bool]:
-    """The rows of `utmctl list`, and whether every line was one. By columns: a name may contain blanks (contract
-    1.2)."""
+    """The rows of `utmctl list`, cut by columns (contract 1.2), and whether every line was one."""
     header, *lines = out.removesuffix("\n").split("\n")       # a name may contain what else splitlines() splits at
     rows, sound = [], header == LIST_HEADER
     for line in lines:
@@ -364,8 +361,7 @@ def address_rank(address: str) -> int:
 
 
 def parse_addresses(out: str) -> list[str]:
-    """The addresses in the answer of `ip-address`, the 64 likeliest, best first; lines of any other form are left
-    out."""
+    """The addresses in an answer of `ip-address`, at most 64, likeliest first; other lines are left out."""
     import socket
 
     def is_address(line: str) -> bool:      # all else, such as 999.1.1.1, would be looked up as a name
@@ -592,9 +588,10 @@ def read_text(path: str) -> str | None:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file")
     with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
         return file.read(16 << 20).decode("utf-8", "replace")
 
 
@@ -672,8 +669,7 @@ class Call:
 
 
 class State:
-    """The state folder: records by UUID, pinned host keys, clone intents, locks. Nothing is made before it is
-    needed."""
+    """The state folder: records by UUID, pinned host keys, clone intents, locks; made when first needed."""
 
     def __init__(self, folder: str, notes: Notes) -> None:
         self.folder, self._notes = folder, notes
@@ -688,8 +684,12 @@ class State:
 
         Raises TimedOut, naming `what` it guards and the owner, after `limit` seconds, or Busy at once without `wait`.
         """
+        make_folder(self.folder)
         make_folder(self.path("locks"))
-        handle = os.open(self.path("locks", name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            handle = os.open(self.path("locks", name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as failure:
+            raise KodeError(f"{self.path('locks', name + '.lock')}: {failure.strerror}", "Remove it.") from None
         try:
             self._take_lock(handle, what or name, limit if wait else 0.0)
             with contextlib.suppress(OSError):      # a full disk: the pid is only for people, and purge must work
@@ -728,6 +728,8 @@ class State:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What is known of each machine, by UUID. A broken file counts as lost, and says so."""
+        if os.path.isdir(self.folder):
+            make_folder(self.folder)        # somebody else's would be a lie
         try:
             found = json.loads(read_text(self.path("machines.json")) or "{}")
             if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
@@ -771,15 +773,20 @@ class State:
     def pin(self, name: str, keys: Sequence[str]) -> None:
         """Makes `keys` (validated) the only known ones of `name`."""
         with self.lock("records", 30, what="its records"):
-            old = (read_text(self.known_hosts) or "").splitlines()
+            old = self._known_lines()
             lines = [line for line in old if line.split(" ")[0] != name] + [f"{name} {key}" for key in keys]
             if lines != old:
                 write_file(self.known_hosts, "".join(line + "\n" for line in lines))
 
     def pinned(self, name: str) -> list[str]:
         """The keys that the known-hosts file has for `name`: ours, or one that ssh itself has learned."""
-        lines = (read_text(self.known_hosts) or "").splitlines()
-        return parse_host_keys([line.split(" ", 1)[1] for line in lines if line.startswith(name + " ")])
+        return parse_host_keys([line.split(" ", 1)[1] for line in self._known_lines() if line.startswith(name + " ")])
+
+    def _known_lines(self) -> list[str]:
+        try:
+            return (read_text(self.known_hosts) or "").splitlines()
+        except OSError as failure:
+            raise KodeError(f"{self.known_hosts}: {failure.strerror}", "Remove it; it is made anew.") from None
 
 
 class Intent:
@@ -1047,8 +1054,7 @@ class Utmctl:
 
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
               keep: Sequence[int] = ()) -> Call:
-        """Starts one call; `limit` in seconds, the verb's own if None. Raises Unreachable if it cannot be run at
-        all."""
+        """Starts one call; `limit` in seconds, or the verb's own. Raises Unreachable if it cannot be run."""
         argv = [self.path("osascript"), *args] if verb == "osascript" else [self.path(), verb, *args]
         try:
             with self._interrupts.held():       # between the child's birth and its entry here it would be lost
@@ -1188,8 +1194,7 @@ def private_size(path: str) -> int | None:
 
 
 def attribute_request() -> bytes:
-    """`struct attrlist`: five groups; ATTR_CMN_RETURNED_ATTRS among the common, the private size among the fork
-    ones."""
+    """`struct attrlist`: ATTR_CMN_RETURNED_ATTRS of the common group, the private size of the fork group."""
     import struct
 
     return struct.pack("=HHIIIII", 5, 0, 0x80000000, 0, 0, 0, 0x8)
@@ -1545,7 +1550,7 @@ class VM:
     def suspend(self, limit: float, save: bool) -> None:
         """Pauses to memory, with `save` also to disk; raises KodeError if only the pause succeeded (contract 2)."""
         asked: Reply | None = None
-        again_at = 0.0
+        again_at, repeated = 0.0, False         # what a repeated request is told, is not about the first one
         for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
             power = self.status()
             if power is Power.STOPPED:
@@ -1555,7 +1560,7 @@ class VM:
             if power is Power.PAUSED and not asked:
                 raise WrongState(f"{self.name} is paused already; only a running machine can be saved",
                                  f"First: kodemachine resume {self.name}")
-            if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED:
+            if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED and not repeated:
                 raise KodeError(
                     f"{self.name} is paused in memory, but was not saved to disk: {printable(asked.sentence)}",
                     f"It goes on with: kodemachine resume {self.name}",
@@ -1566,13 +1571,13 @@ class VM:
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
                     raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
+                repeated = asked is not None
                 asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
                 again_at = time.monotonic() + ASK_AGAIN
         raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})")
 
     def delete(self, limit: float) -> None:
-        """Deletes a stopped machine, and returns when a clean list lacks it. `utmctl delete` asks nobody (contract
-        1.2).
+        """Deletes a stopped machine, which utmctl does unasked (contract 1.2); returns when a clean list lacks it.
 
         Right before each request a clean list has to show this UUID under this name, stopped. One without an answer is
         looked after, and repeated once (contract 9.6). Raises WrongState, TimedOut, or KodeError with UTM's words.
@@ -1592,9 +1597,9 @@ class VM:
             if asked == 2:
                 break
             reply = self._utm.insist(self._utm.call("delete", self.uuid))
-            if reply.outcome is Outcome.FAILED and asked:
-                break
             complaint = printable(reply.sentence)
+            if reply.outcome is Outcome.FAILED and asked:
+                raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Look at it in UTM's window.")
             asked += 1
             again_at = time.monotonic() + (1.0 if reply.outcome in (Outcome.FAILED, Outcome.MISSING) else DELETE_SETTLE)
         raise TimedOut(
@@ -1673,8 +1678,7 @@ class Cloner:
         self._utm, self._state, self._limit, self._notes = utm, state, limit, utm.notes
 
     def adopt(self, row: Row) -> bool:
-        """Records a machine that came of an intent for its name; false if it was there before, or there is no
-        intent."""
+        """Records a machine that came of an intent for its name; false if none did."""
         intent = Intent(self._state, row.name)
         found = intent.load()
         if not found or row.uuid in found["listed"]:
@@ -1685,8 +1689,7 @@ class Cloner:
         return True
 
     def finish(self, name: str) -> Row | None:
-        """What an earlier run's clone has come to, waited for as long as that run would have; None if there is
-        nothing."""
+        """What an earlier run's clone has come to, waited for as long as that run would have, or None."""
         intent = Intent(self._state, name)
         found = intent.load()
         if not found:
@@ -1726,8 +1729,7 @@ class Cloner:
                           "Open UTM and try again. " + NOT_ALLOWED)
 
     def _await_other_calls(self, base: Row) -> None:
-        """Waits for clone calls that outlived their kodemachine: two at once race for one temporary name (contract
-        3)."""
+        """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
         folder = self._state.path("intents")
         names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
         for name in names:
@@ -2161,8 +2163,7 @@ class Manager:
         return self.settings.documents or os.path.expanduser(DOCUMENTS)
 
     def survey(self, rows: Sequence[Row], *, ip: bool = True, disk: bool = True) -> list[Machine]:
-        """What `list` shows of these machines. One that is busy, hung or gone costs its own row a blank, not the
-        list."""
+        """What `list` shows of these machines. One that is hung or gone costs its own row a blank."""
         records = self.state.records()
         running = [row for row in rows if row.power is Power.STARTED] if ip else []
         replies = self.utm.gather([("ip-address", row.uuid) for row in running], limit=ADDRESS_LIMIT)
@@ -2246,12 +2247,21 @@ class Manager:
         disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
         with self._fleet():
             rows = self.utm.rows()
-            if vm.uuid not in {row.uuid for row in self.clones(rows) if row.name == vm.name}:
+            ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
+            if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
                 raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted")
             vm.delete(LIMITS["delete"])
             Intent(self.state, vm.name).remove()
             self.state.forget(vm.name, {row.uuid for row in rows} - {vm.uuid})
         return disk.get(vm.uuid, Disk()).frees
+
+    def tidy(self) -> None:
+        """Drops what is remembered of machines that a clean list lacks; the fleet's lock keeps those being born out of it."""
+        with self._fleet():
+            listed = {row.uuid for row in self.utm.rows()}
+            records = self.state.records()
+            for name in {str(record.get("name")) for uuid, record in records.items() if uuid not in listed}:
+                self.state.forget(name, listed)
 
     def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
         """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
@@ -2410,8 +2420,7 @@ def escape_byte(text: str) -> bytes:
 
 
 class Out(Notes):
-    """Results on stdout, all else on stderr: progress as one live line per step on a terminal, as plain lines
-    elsewhere."""
+    """Results on stdout, all else on stderr: on a terminal progress is one live line per step."""
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
@@ -2656,8 +2665,7 @@ def become(argv: Sequence[str]) -> NoReturn:
 
 
 def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str], report: Callable[[str], None]) -> int:
-    """Does one thing to several machines, WIDTH at a time; a line for each as it is done, and the first failure's
-    status."""
+    """Does one thing to several machines, WIDTH at a time; returns the status of the first failure."""
     if len(labels) == 1:
         report(work(labels[0]))
         return 0
@@ -3175,6 +3183,7 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
         except Busy as failure:
             return f"{label} left: {failure.message}"
     status = each(ctx, list(states), purge, out.note)
+    manager.tidy()
     tell_gain(ctx, free_before, sum(known))
     return status or (4 if left_in_between else 0)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import faulthandler
@@ -46,12 +47,13 @@ import time
 import tty
 import types
 import unittest
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import kodemachine
-from kodemachine import KodeError, Power, Reply
+from kodemachine import UUID, KodeError, Power, Reply, parse_host_keys
 from kodemachine import Outcome as Verdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -168,8 +170,9 @@ class FakeUTM:
         return {}
 
     def free_address(self) -> list[str]:
+        """One that no machine has; if there is none left, the last one again, as when leases are mixed up."""
         taken = {ip for vm in self.vms for ip in vm["ips"] or []}
-        return [ip for ip in self.app["addresses"] if ip not in taken][:1]
+        return [ip for ip in self.app["addresses"] if ip not in taken][:1] or self.app["addresses"][-1:]
 
     # -- the passage of time
 
@@ -5998,6 +6001,95 @@ class ArchitectureTest(unittest.TestCase):
         self.assertLessEqual(imported, known or imported)
 
 
+# ---- many at once
+
+
+class CrowdTest(Case):
+    """Twenty kodemachines at the same time."""
+
+    COUNT = 20
+
+    def crowd(self, *commands: Sequence[str]) -> list[Result]:
+        processes = [self.start_km(*words) for words in commands]
+        outputs = [process.communicate(timeout=80) for process in processes]
+        return [
+            Result(process.returncode, out.decode(), err.decode()) for process, (out, err) in zip(processes, outputs)
+        ]
+
+    def setUp(self) -> None:
+        super().setUp()
+        server = self.sshd()
+        self.utm.option(clone_seconds=0.1, addresses=server.hosts)  # an sshd listens at 16 addresses at most
+        self.config(ssh_port=server.port, ssh_user=pwd.getpwuid(os.getuid()).pw_name)
+        self.image()
+
+    def test_on_one_label_they_make_one_machine_and_each_has_a_session_in_it(self) -> None:
+        results = self.crowd(*[["alpha", "--", "echo", str(n)] for n in range(self.COUNT)])
+        self.assertEqual([(r.code, r.out) for r in results], [(0, f"{n}\n") for n in range(self.COUNT)], results)
+        self.assertEqual(self.utm.names(), ["kodeimage-v0.2.0", "km-alpha"])
+        self.assertEqual([len(self.utm.calls(verb)) for verb in ("clone", "start")], [1, 1])
+
+    def test_on_twenty_labels_they_make_twenty_and_nobody_who_looks_or_cleans_up_disturbs(self) -> None:
+        starts = [["start", "-d", f"m{n}"] for n in range(self.COUNT)]
+        others = [["list"], ["list", "--json"], ["purge", "-y"], ["purge", "-y", "--older-than", "0s"]] * 2
+        results = self.crowd(*starts, *others)
+        self.assertEqual([r.code for r in results], [0] * len(results), [r.err for r in results if r.code])
+        clones = [vm for vm in self.utm.machines() if vm["name"].startswith("km-")]
+        self.assertEqual(len({mac for vm in clones for mac in vm["macs"]}), self.COUNT)
+        self.assertEqual({vm["status"] for vm in clones}, {"started"})
+        self.assertEqual(self.utm.calls("delete"), [])
+
+
+# ---- what is not as we left it
+
+
+class StateFolderTest(Case):
+    """Files of ours that somebody else has had in hand."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.state = os.path.join(self.home, ".local", "state", "kodemachine")
+        self.utm.add("km-a")
+
+    def test_a_fifo_a_link_or_a_folder_in_place_of_a_file_harms_nothing(self) -> None:
+        target = os.path.join(self.home, "precious")
+        for name in ("machines.json", "known_hosts", "locks/km-a.lock", "locks/fleet.lock", "locks/records.lock"):
+            for kind in ("fifo", "link", "folder"):
+                with self.subTest(f"{name} is a {kind}"):
+                    shutil.rmtree(self.state, ignore_errors=True)
+                    path = os.path.join(self.state, name)
+                    os.makedirs(os.path.dirname(path), 0o700)
+                    if not self.utm.names():
+                        self.utm.add("km-a")
+                    with open(target, "w", encoding="utf-8") as file:
+                        file.write("precious")
+                    if kind == "fifo":
+                        os.mkfifo(path)
+                    elif kind == "link":
+                        os.symlink(target, path)
+                    else:
+                        os.mkdir(path)
+                    result = self.km("delete", "a")
+                    self.assertIn(result.code, (0, 1), result.err)
+                    self.assertNotIn("Traceback", result.err)
+                    with open(target, encoding="utf-8") as file:
+                        self.assertEqual(file.read(), "precious")
+
+    def test_a_folder_or_a_configuration_of_somebody_else_is_refused(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can give files away")
+        nobody = pwd.getpwnam("nobody").pw_uid
+        os.makedirs(self.state)
+        os.chown(self.state, nobody, -1)
+        result = self.km("delete", "a")
+        self.assertEqual((result.code, self.utm.names()), (1, ["km-a"]))
+        self.assertIn("belongs to another user", result.err)
+        os.chown(self.config(), nobody, -1)
+        result = self.km("list")
+        self.assertEqual(result.code, 2)
+        self.assertIn("belongs to another user", result.err)
+
+
 # ---- words that are a little wrong
 
 
@@ -6038,6 +6130,436 @@ class MistakesTest(Case):
             said = process.communicate(timeout=20)[1].decode()
         self.assertEqual((process.returncode, said.count("\n")), (1, 1))
         self.assertIn("the output cannot be written: ", said)
+
+
+# ---- the fault matrix: every fault at every call of every command
+
+
+class Scene(NamedTuple):
+    """A command, the machines that it finds, and what it is for.
+
+    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk.
+    `goal`: the states that were asked for, "" for none. `may`: what UTM may be asked for to get there.
+    """
+
+    words: str
+    fleet: dict[str, str]
+    goal: dict[str, str]
+    may: str = ""
+    says: str = "^"         # a pattern of what it prints if it succeeds
+    again: tuple[int, ...] = (0,)       # the exit statuses of a second run
+    every: int = 1          # of its cases only every n-th is run: it shares most of its calls with another scene
+
+
+SPAWN = "clone configure start"
+SCENES = {
+    "spawn-missing": Scene("alpha -- true", {}, {"alpha": "started"}, SPAWN),
+    "spawn-stopped": Scene("alpha -- true", {"alpha": "stopped"}, {"alpha": "started"}, "configure start"),
+    "spawn-paused": Scene("alpha -- true", {"alpha": "paused"}, {"alpha": "started"}, "start"),
+    "spawn-running": Scene("alpha -- true", {"alpha": "started+"}, {"alpha": "started"}),
+    "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
+    "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
+    "start-two": Scene("start -d alpha beta", {}, {"alpha": "started", "beta": "started"}, SPAWN,
+                       r"(?m)\A(alpha|beta) 127\S+\n(alpha|beta) 127\S+\Z", every=4),
+    "start-sized": Scene("start -d alpha --cpus 2 --memory 2G", {}, {"alpha": "started"}, SPAWN, r"127\S+", (0, 4),
+                         every=3),
+    "disposable": Scene("start -d alpha --disposable", {"alpha": "stopped"}, {"alpha": "started"}, "configure start",
+                        r"127\S+", every=3),
+    "repin": Scene("start -d alpha --repin -y", {"alpha": "started+"}, {"alpha": "started"}, says=r"127\S+"),
+    "rm": Scene("alpha --rm -- true", {}, {"alpha": ""}, SPAWN + " stop delete", again=(0, 4), every=4),
+    "fresh": Scene("start -d alpha --fresh -y", {"alpha": "started"}, {"alpha": "started"}, SPAWN + " stop delete",
+                   r"127\S+", every=4),
+    "list": Scene("list", {"alpha": "started"}, {}, says="(?s)(?=.*alpha ).*other "),
+    "list-json": Scene("list -a --json", {"alpha": "started"}, {}, says="(?s)(?=.*km-alpha).*kodeimage"),
+    "status": Scene("status", {"alpha": "started"}, {}, says="image: +kodeimage-v0.2.0"),
+    "status-one": Scene("status alpha", {"alpha": "started"}, {}, says="status: +started"),
+    "ip": Scene("ip alpha", {"alpha": "started"}, {}, says=r"\A127\S+\Z"),
+    "attach": Scene("attach alpha --timeout 0.2", {"alpha": "started"}, {}),
+    "exec": Scene("exec alpha -- echo here", {"alpha": "started"}, {}, says=r"\Ahere\Z"),
+    "cp": Scene("cp alpha:/etc/hostname .", {"alpha": "started"}, {}, every=3),
+    "proxy": Scene("proxy km-alpha", {"alpha": "started+"}, {}, says=r"\ASSH-2.0-test"),
+    "stop": Scene("stop alpha", {"alpha": "started"}, {"alpha": "stopped"}, "stop"),
+    "stop-paused": Scene("stop alpha", {"alpha": "paused"}, {"alpha": "stopped"}, "start stop", every=2),
+    "stop-force": Scene("stop --force alpha", {"alpha": "started"}, {"alpha": "stopped"}, "stop", every=2),
+    "stop-kill": Scene("stop --kill alpha", {"alpha": "paused"}, {"alpha": "stopped"}, "stop", every=2),
+    "suspend": Scene("suspend alpha", {"alpha": "started"}, {"alpha": "paused"}, "suspend"),
+    "suspend-save": Scene("suspend --save alpha", {"alpha": "started"}, {"alpha": "paused"}, "suspend", again=(0, 4)),
+    "resume": Scene("resume alpha", {"alpha": "paused"}, {"alpha": "started"}, "start"),
+    "resume-saved": Scene("resume alpha", {"alpha": "saved"}, {"alpha": "started"}, "start"),
+    "delete": Scene("delete alpha", {"alpha": "stopped+"}, {"alpha": ""}, "delete", again=(0, 3)),
+    "delete-force": Scene("delete -f alpha", {"alpha": "started"}, {"alpha": ""}, "stop delete", again=(0, 3), every=2),
+    "purge": Scene("purge -y", {"alpha": "stopped+", "beta": "stopped", "gamma": "paused"}, {"alpha": "", "beta": ""},
+                   "delete", every=2),
+    "purge-all": Scene("purge --all -y", {"alpha": "saved", "beta": "paused"}, {"alpha": "", "beta": "", "other": ""},
+                       "stop delete", every=4),
+    "config": Scene("config set boot_timeout 11", {}, {}),
+}  # fmt: skip
+
+LOOKS = ("list", "status", "ip-address", "version", "attach")       # verbs of utmctl that change nothing
+DEEDS = ("clone", "start", "stop", "suspend", "delete", "exec", "configure")
+NOT_STOPPED = "The virtual machine must be stopped before this operation can be performed."
+NOT_RUNNING = "The virtual machine is not running."
+TEXTS = {"clone": [NOT_STOPPED], "delete": [NOT_STOPPED], "configure": [NOT_STOPPED],
+         "start": ["Operation not available."], "stop": [NOT_RUNNING], "suspend": [NOT_RUNNING],
+         **dict.fromkeys(("ip-address", "exec"), [
+             NOT_RUNNING, "Timed out waiting for RPC.",
+             "The QEMU guest agent is not running or not installed on the guest."])}  # fmt: skip
+
+
+def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every fault that fits a verb, by name: those of the contract, and kill -9 of the caller."""
+    for number in (-1712, -10004, -609, -600, -10000):
+        yield f"{number}-before", {"error": number}
+        if verb in DEEDS:
+            yield f"{number}-after", {"error": number, "when": "after"}
+    if verb in DEEDS:
+        delay = 2.4 if verb == "clone" else 0.5         # longer than a run that looks only once more would wait
+        yield "-1712-late", {"error": -1712, "when": "after", "delay": delay, "report_after": 0.1}
+        yield "hang-after", {"hang": True, "when": "after"}
+        yield "killed-before", {"kill_parent": "before"}
+        yield "killed-before-slow", {"kill_parent": "before", "delay": 0.5}
+        yield "killed-after", {"kill_parent": "after"}
+    else:
+        yield "killed", {"kill_parent": "before"}
+    yield "-1743", {"error": -1743}
+    yield "hang", {"hang": True}
+    yield "silent", {"silent": True}
+    yield "garbage", {"stdout": "\udcff\udcfe\0\x1b[2J\udcc3(\n"}
+    for signal_name in ("TRAP", "ABRT"):
+        yield f"SIG{signal_name}-before", {"crash": signal_name}
+        if verb in DEEDS:
+            yield f"SIG{signal_name}-after", {"crash": signal_name, "when": "after"}
+    for i, text in enumerate(TEXTS.get(verb, [""]), 1):
+        yield f"-2700-{i}", {"error": -2700, "string": text}
+    if verb not in ("addresses", "configure"):
+        yield "no-app", {"no_app": True}
+        for language in ("de", "ja"):
+            yield f"-609-{language}", {"error": -609, "language": language}
+        yield "-2700-ja", {"error": -2700, "string": "仮想マシンを停止してください。", "language": "ja"}
+        if verb not in ("list", "version"):
+            yield "not-found", {"error": -1743, "lookup": True}
+    if verb == "list":
+        for name in ("km-alpha", "kodeimage-v0.2.0", "Windows 11"):
+            yield f"unknown-{name.partition(' ')[0].partition('.')[0]}", {"unknown": [name]}
+        yield "blank", {"blank": True}
+    if verb == "clone":
+        yield "half-named", {"partial": "no-rename"}
+        yield "half-named-1712", {"partial": "no-rename", "error": -1712, "when": "after"}
+        yield "unlisted", {"partial": "copy-only"}
+    if verb == "start":
+        yield "hide-error", {"hide_error": -609}
+
+
+# The exit statuses after a single fault, by SCENE/VERB/FAULT; the first that matches counts. Else it is got over: 0.
+EXPECTED: tuple[tuple[str, set[int]], ...] = (
+    ("rm/(list|status|stop|delete)/(-1743|no-app)", {0, 5}),    # at its end there is a warning, and ssh's status
+    ("rm/(stop|delete)/.*", {0}),
+    ("(exec|repin)/exec/(-1743|no-app)", {5}),
+    (".*/(exec|version)/(-1743|no-app)", {0}),                  # it goes without
+    (".*/ip-address/(-1743|no-app)", {0, 5}),                   # some answers nobody waits for
+    (".*/(-1743|no-app)", {5}),
+    (".*/clone/(-1712-before|hang|SIG.*-before)", {6}),         # it may still come
+    (".*/clone/(-2700.*|silent|garbage|unlisted)", {1}),
+    (".*/(addresses|configure|suspend)/-2700.*", {1}),
+    ("suspend-save/suspend/-1712-late", {0, 6}),
+    ("suspend-save/suspend/.*-after", {6}),                     # paused, and perhaps saved
+    (".*/delete/hang", {6}),
+    ("(exec|repin)/exec/.*", {0, 1}),                           # perhaps it has run: it is not repeated
+    ("attach/attach/(-2700.*|silent|garbage)", {1}),
+)
+
+
+def expected(case: str) -> set[int]:
+    """The exit statuses that fit a case's fault."""
+    name = re.sub(":[0-9]+", "", case)
+    return next((statuses for pattern, statuses in EXPECTED if re.fullmatch(pattern, name)), {0})
+
+
+# Kills kodemachine at the n-th time that it makes, writes, moves or removes a file, and notes each time.
+FATAL_WRITES = """
+import itertools, os, signal
+def fatal(name, count=itertools.count(1)):
+    function = getattr(os, name)
+    def call(*args, **kwargs):
+        if name != "open" or args[1] & os.O_CREAT:
+            n = next(count)
+            with open({trace!r}, "a") as file:
+                print(name, *args[:1], file=file)
+            if n == {n}:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(os, name, call)
+for name in ("mkdir", "open", "fsync", "replace", "unlink", "ftruncate", "pwrite"):
+    fatal(name)
+"""
+
+
+class World(SpawnCase):
+    """One case of the matrix, named SCENE/CALL:NUMBER/FAULT: the fault at that call in that scene."""
+
+    PATIENCE = {
+        **SpawnCase.PATIENCE,
+        "WARM_UP": 0.3, "SETTLE": 0.5, "UNCHANGED": 0.3, "ASK_AGAIN": 0.3, "PRESS_AGAIN": 0.4, "FORCE_STAGE": 2.5,
+        "LIMITS": {**dict.fromkeys(kodemachine.LIMITS, 1.5), "delete": 4.0},
+    }  # fmt: skip
+
+    def __init__(self, case: str) -> None:
+        super().__init__("hold")
+        self.case = case
+        self.name, self.call, self.fault = case.split("/")
+        self.scene = SCENES[self.name]
+        self.result = Result(0, "", "")
+        self.GREETERS = 1 + (self.name == "start-two")
+
+    def __str__(self) -> str:
+        return self.case
+
+    # -- the world
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.use(boot_timeout=8, clone_timeout=2.5, stop_timeout=4)
+        for tool in ("ssh", "scp"):
+            with open(os.path.join(self.utm.folder, tool + ".real"), "w", encoding="utf-8") as file:
+                file.write(shutil.which("true") or "/bin/true")
+        master, slave = os.openpty()
+        tty.setraw(slave)
+        for handle in (master, slave):
+            self.addCleanup(os.close, handle)
+        serials = [{"kind": "ptty", "path": os.ttyname(slave)}]
+        self.image("kodeimage-v0.1.0")
+        self.utm.add("Windows 11", status="started", ips=["10.0.0.9"])
+        self.utm.add("km-Foo")
+        self.utm.add("km-other", status="started", ips=["10.0.0.8"])
+        records: dict[str, dict[str, Any]] = {}
+        for label, word in self.scene.fleet.items():
+            status = word.replace("saved", "stopped").rstrip("+")
+            uuid = self.utm.add("km-" + label, status=status, serials=serials, saved=word == "saved")
+            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None}
+            if word.endswith("+"):
+                records[uuid].update(personality=True, mac_checked=True, host_keys=[host_key()])
+        self.state = os.path.join(self.home, ".local", "state", "kodemachine")
+        os.makedirs(self.state, 0o700)
+        self.write("machines.json", json.dumps(records))
+        self.write("known_hosts", f"km-other {host_key()}\n")
+        self.before = {vm["uuid"]: vm for vm in self.utm.machines()}
+        self.targets = {"km-" + label: state for label, state in self.scene.goal.items()}
+
+    def write(self, name: str, text: str) -> None:
+        with open(os.path.join(self.state, name), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(file.name, 0o600)
+
+    def read(self, *names: str) -> str:
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.state, *names), encoding="utf-8") as file:
+            return file.read()
+        return ""
+
+    # -- what happens
+
+    def run_scene(self, fatal_write: int | None = None) -> None:
+        argv = self.command(*self.scene.words.split())
+        if fatal_write is not None:
+            prefix = FATAL_WRITES.format(trace=self.trace, n=fatal_write)
+            argv[argv.index(self.LAUNCH)] = prefix + self.LAUNCH
+        self.result = self.run_program(argv, timeout=40)
+
+    @property
+    def trace(self) -> str:
+        return os.path.join(self.folder, "writes")
+
+    def hold(self) -> None:
+        """The test: whatever the fault, nothing is lost, and a second run ends in what was asked for."""
+        verb, _, number = self.call.partition(":")
+        killed = self.fault.startswith("killed")
+        if verb == "write":
+            self.run_scene(int(number))
+        else:
+            rule = dict(faults(verb))[self.fault]
+            self.utm.fault(verb, nth=int(number), **rule)
+            self.run_scene()
+            with self.utm.fake as utm:
+                met = utm.state["faults"][0].get("seen", 0) >= int(number)
+            # A question for addresses that nobody waits for may be ended before it is counted.
+            self.assertTrue(met or verb == "ip-address", "there was no such call")
+            killed = killed and met
+        first = self.result
+        if killed:
+            self.assertEqual(first.code, -signal.SIGKILL, f"it was not killed\n{first.err}")
+            self.assert_files_are_whole(rest=True)
+        else:
+            self.assertIn(first.code, expected(self.case), first.err)
+            self.assert_explained()
+            self.assertNoChildrenLeft()
+            self.assert_files_are_whole()
+            self.assert_nothing_else_touched()
+            if first.code == 0:
+                self.assert_goal()
+        self.utm.clear_faults()
+        if killed and self.name == "fresh":     # it deletes no machine that is started meanwhile, by whomever
+            self.assertNoChildrenLeft()
+        self.run_scene()
+        self.assertIn(self.result.code, self.scene.again, f"{self.result.err}\nbefore: {first}")
+        self.assert_explained()
+        if self.result.code == 4 and self.name == "rm":     # the machine is there; the person decides
+            self.assertEqual(self.km("delete", "-f", "alpha").code, 0)
+        self.assert_goal()
+        self.assertNoChildrenLeft()
+        self.assert_files_are_whole(rest=killed)
+        self.assert_nothing_else_touched()
+        if self.result.code == 0:
+            self.assertEqual([path for path in self.files() if "intents/" in path], [])
+
+    # -- what must hold
+
+    def assert_explained(self) -> None:
+        code, _, err = self.result
+        self.assertNotIn("Traceback", err)
+        if code:
+            self.assertRegex(err, r'(?m)^kodemachine: .|^\{"error": ')
+            self.assertIn(code, (1, 3, 4, 5, 6), err)
+
+    def assert_goal(self) -> None:
+        """What was asked for is so; an exit status of 0 says that."""
+        said = f"{self.result.err}\n{[(vm['name'], vm['status']) for vm in self.utm.machines()]}"
+        if "was not deleted" in self.result.err:        # --rm ends with the session's status all the same
+            return
+        if self.result.code == 0:
+            self.assertRegex(self.result.out.rstrip("\n"), self.scene.says)
+        for name, state in self.targets.items():
+            found = [vm for vm in self.utm.machines() if vm["name"] == name]
+            self.assertEqual([vm["status"] for vm in found], [state] if state else [], said)
+            if not state:
+                if not self.fault.startswith("killed"):     # then the next machine of that name drops them
+                    self.assertNotIn(name + " ", self.read("known_hosts"))
+                continue
+            if state == "started" and self.name not in ("resume", "resume-saved"):
+                others = {mac for vm in self.utm.machines() if vm["uuid"] != found[0]["uuid"] for mac in vm["macs"]}
+                self.assertEqual(others & set(found[0]["macs"]), set(), "it shares its address with another")
+            if self.name == "suspend-save" and self.result.code == 0:
+                self.assertTrue(found[0]["saved"])
+            if self.name == "start-sized":
+                self.assertEqual((found[0]["cpus"], found[0]["memory"]), (2, 2048))
+
+    def assert_nothing_else_touched(self) -> None:
+        """At most one clone per label; nobody else was changed, or even asked to change."""
+        now = self.utm.machines()
+        for uuid, vm in self.before.items():
+            if vm["name"] not in self.targets:
+                self.assertEqual([other for other in now if other["uuid"] == uuid], [vm])
+        new = {vm["uuid"]: vm["name"] for vm in now if vm["uuid"] not in self.before}
+        self.assertEqual(sorted(set(new.values())), sorted(new.values()), "more than one clone of a label")
+        self.assertLessEqual(len(new), len(self.targets) if "clone" in self.scene.may else 0)
+        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == "kodeimage-v0.2.0"]
+        theirs = {uuid for uuid, vm in self.before.items() if vm["name"] not in self.targets}
+        for call in self.utm.calls() + self.utm.calls(tool="osascript"):
+            if call["verb"] not in (*LOOKS, "addresses", "exec"):
+                self.assertIn(call["verb"], self.scene.may.split(), call["argv"])
+                named = set(UUID.findall(" ".join(call["argv"])))
+                self.assertEqual(len(named), 1, call["argv"])
+                self.assertEqual(named & theirs, set(bases) if call["verb"] == "clone" else set(), call["argv"])
+
+    def assert_files_are_whole(self, rest: bool = False) -> None:
+        """Each of our files can be read and is private; `rest`: a kill -9 may have left a file half-written."""
+        for path in self.files():
+            mode = os.lstat(path).st_mode
+            if path.startswith(self.state):
+                self.assertEqual(stat.S_IMODE(mode), 0o700 if stat.S_ISDIR(mode) else 0o600, path)
+            if path.endswith(".new"):
+                self.assertTrue(rest, f"{path} is left")
+            elif path.endswith(".json"):
+                with open(path, encoding="utf-8") as file:
+                    self.assertIsInstance(json.load(file), dict, path)
+        for line in self.read("known_hosts").splitlines():
+            self.assertEqual(len(parse_host_keys([line.partition(" ")[2]])), 1, line)
+
+
+def plan(scene: str) -> list[str]:
+    """The cases of a scene: it is run without a fault, and its calls and writes are counted."""
+    world = World(f"{scene}/write:0/killed")
+    seen: list[str] = []
+    writes: list[str] = []
+
+    def look() -> None:
+        world.run_scene(0)
+        assert world.result.code == 0, f"{scene}: {world.result}"
+        world.assert_goal()
+        world.assert_nothing_else_touched()
+        calls = world.utm.calls() + world.utm.calls(tool="osascript")
+        seen.extend(call["verb"] for call in sorted(calls, key=lambda call: float(call["time"])))
+        if os.path.exists(world.trace):
+            with open(world.trace, encoding="utf-8") as file:
+                writes.extend(file)
+
+    world.hold = look  # type: ignore[method-assign]
+    result = unittest.TestResult()
+    world.run(result)
+    for _, text in result.errors + result.failures:
+        raise AssertionError(text)
+    cases, counts = [], dict.fromkeys(seen, 0)
+    for verb in seen:
+        counts[verb] += 1
+        # What a person has run may take as long as it likes: it has no limit.
+        fitting = [name for name, _ in faults(verb) if scene != "exec" or verb != "exec" or "hang" not in name]
+        cases += [f"{scene}/{verb}:{counts[verb]}/{name}" for name in fitting]
+    # A lock is taken and signed again and again: its first time stands for the others.
+    again = re.compile(r"(mkdir|ftruncate|pwrite) |.*\.lock$")
+    unlike = [i for i, line in enumerate(writes) if not again.match(line) or line not in writes[:i]]
+    cases += [f"{scene}/write:{i + 1}/killed" for i in unlike]
+    return [case for case in cases if zlib.crc32(case.encode()) % SCENES[scene].every == 0]
+
+
+class MatrixTest(unittest.TestCase):
+    """A sample of the matrix; all of it: python3 test_kodemachine.py --matrix."""
+
+    def hold(self, *cases: str) -> None:
+        for case in cases:
+            with self.subTest(case):
+                result = unittest.TestResult()
+                World(case).run(result)
+                self.assertEqual([text for _, text in result.errors + result.failures], [])
+                for _, reason in result.skipped:
+                    self.skipTest(reason)
+
+    def test_a_spawn_gets_over_it(self) -> None:
+        self.hold("spawn-missing/list:2/silent", "spawn-missing/clone:1/-1712-after", "spawn-paused/status:1/not-found",
+                  "spawn-running/list:1/unknown-km-alpha")
+
+    def test_a_first_start_gets_over_it(self) -> None:
+        self.hold("spawn-missing/addresses:1/silent", "spawn-missing/configure:1/-609-before",
+                  "spawn-stopped/exec:1/garbage")
+
+    def test_looking_gets_over_it(self) -> None:
+        self.hold("list/ip-address:1/-2700-2", "status/list:1/-609-ja", "attach/attach:1/SIGABRT-before")
+
+    def test_turning_on_and_off_gets_over_it(self) -> None:
+        self.hold("stop/stop:1/-1712-late", "suspend-save/suspend:1/-600-before", "resume/start:1/silent",
+                  "stop-force/status:1/-1743")
+
+    def test_deleting_gets_over_it(self) -> None:
+        self.hold("delete/delete:1/-10000-after", "purge/delete:2/-2700-1", "delete-force/list:2/garbage")
+
+    def test_the_run_after_a_kill_9_ends_in_what_was_asked_for(self) -> None:
+        self.hold("spawn-missing/clone:1/killed-before-slow", "delete-force/stop:1/killed-after",
+                  "spawn-stopped/write:20/killed")
+
+
+def matrix(jobs: int, only: str) -> int:
+    """Runs every case of the matrix, or those that begin with `only`; prints the failures, and how many there were."""
+    cases = [only]
+    if only.count("/") < 2:
+        scenes = [scene for scene in SCENES if scene.startswith(only.partition("/")[0])]
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            cases = [case for found in pool.map(plan, scenes) for case in found if case.startswith(only)]
+    began, failed = time.monotonic(), 0
+    for done, outcome in enumerate(outcomes(cases, jobs), 1):
+        if outcome.failure:
+            failed += 1
+            print(f"FAILED python3 test_kodemachine.py --matrix '{outcome.test}'\n{outcome.failure}", flush=True)
+        if done % 500 == 0:
+            print(f"the matrix: {done} of {len(cases)} cases, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{len(cases) - failed} passed, {failed} failed")
+    return 1 if failed else 0
 
 
 # ---- the demo and the sandbox
@@ -6193,7 +6715,10 @@ def run_one(test: str) -> Outcome:
     result = unittest.TestResult()
     started = time.monotonic()
     faulthandler.dump_traceback_later(TEST_LIMIT, exit=True)  # a test that hangs has failed
-    unittest.defaultTestLoader.loadTestsFromName(test, sys.modules[__name__]).run(result)
+    if "/" in test:
+        World(test).run(result)
+    else:
+        unittest.defaultTestLoader.loadTestsFromName(test, sys.modules[__name__]).run(result)
     faulthandler.cancel_dump_traceback_later()
     failures = [text for _, text in result.errors + result.failures]
     failures += ["unexpected success"] * len(result.unexpectedSuccesses)
@@ -6263,12 +6788,15 @@ def main() -> int:
     parser.add_argument("-k", metavar="PATTERN", action="append", help="only tests whose name contains it")
     parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--matrix", nargs="?", const="", metavar="CASE", help="every fault at every call, or some")
     parser.add_argument("--demo", action="store_true", help="a tour of kodemachine, instead of tests")
     parser.add_argument("--sandbox", action="store_true", help="a shell to try kodemachine in, instead of tests")
     options = parser.parse_args()
     for chosen, run in ((options.worker, work), (options.demo, demo), (options.sandbox, sandbox)):
         if chosen:
             return run()
+    if options.matrix is not None:
+        return matrix(options.jobs, options.matrix)
     module, loader = sys.modules[__name__], unittest.defaultTestLoader
     loader.testNamePatterns = (
         [text if "*" in text else f"*{text}*" for text in options.k] if options.k else None
