@@ -2256,7 +2256,7 @@ class Manager:
         return disk.get(vm.uuid, Disk()).frees
 
     def tidy(self) -> None:
-        """Drops what is remembered of machines that a clean list lacks; the fleet's lock keeps those being born out of it."""
+        """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
         with self._fleet():
             listed = {row.uuid for row in self.utm.rows()}
             records = self.state.records()
@@ -2495,7 +2495,7 @@ class Out(Notes):
         self._err(f"{name} {message}" + (f"\n  {hint}" if hint else ""))
 
     def raw(self, out: bytes, err: bytes = b"") -> None:
-        """Bytes for our two streams, as they are. Raises BrokenPipeError when nobody reads, KodeError on a full disk."""
+        """Bytes for our two streams, as they are. Raises BrokenPipeError when nobody reads, or KodeError."""
         self.end_step()
         try:
             sys.stderr.buffer.write(err)
@@ -3041,7 +3041,8 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     """the address that answers, alone on stdout"""
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power in (Power.STOPPED, Power.PAUSED) or (vm.power is not Power.STARTED and not opts.wait):
-        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address", f"Start it: kodemachine start -d {vm.name}")
+        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address",
+                         f"Start it: kodemachine start -d {vm.name}")
     if opts.all:
         addresses = vm.addresses()
         if not addresses:
