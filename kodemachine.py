@@ -2565,7 +2565,8 @@ class Command(NamedTuple):
     hidden: bool
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {}      # "base seal" is the command `seal` of the group `base`
+GROUPS = {"base": "golden images: show, choose, seal and create them"}
 
 
 def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False) -> \
@@ -3323,11 +3324,17 @@ def build_parser() -> Parser:
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--config", metavar="FILE", help="another configuration file")
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
+    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
+    places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
     for name, entry in COMMANDS.items():
         text = (entry.run.__doc__ or "").splitlines()[0]
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
-        sub = commands.add_parser(name, aliases=list(entry.aliases), description=text, allow_abbrev=False, **listed)
+        group, _, word = name.rpartition(" ")
+        if group not in places:
+            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
+            places[group] = family.add_subparsers(metavar="command", parser_class=Parser, required=True)
+        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text, allow_abbrev=False,
+                                       **listed)
         for names, how in entry.options:
             sub.add_argument(*names, **how)
         sub.set_defaults(run=entry.run)
@@ -3340,7 +3347,7 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     if "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    known = {word for name, entry in COMMANDS.items() for word in (name, *entry.aliases)}
+    known = {word for name, entry in COMMANDS.items() for word in (name.partition(" ")[0], *entry.aliases)}
     i = 0
     while i < len(words) and words[i].startswith("-") and words[i] != "-":
         i += 2 if words[i] == "--config" else 1
