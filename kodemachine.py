@@ -383,8 +383,7 @@ def parse_host_keys(lines: Sequence[str]) -> list[str]:
         if match and match.end() in (len(line), line.find(" ", match.end())):
             kind = match.group(1).encode()
             with contextlib.suppress(binascii.Error):
-                if base64.b64decode(match.group(2), validate=True)[:4 + len(kind)] == len(kind).to_bytes(4,
-                                                                                                         "big") + kind:
+                if base64.b64decode(match.group(2), validate=True).startswith(len(kind).to_bytes(4, "big") + kind):
                     keys.append(f"{match.group(1)} {match.group(2)}")
     return keys[:8]
 
@@ -545,8 +544,10 @@ class Interrupts:
 
 
 def write_file(path: str, data: str) -> None:
-    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Raises KodeError. Callers
-    hold a lock."""
+    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Callers hold a lock.
+
+    Raises KodeError.
+    """
     make_folder(os.path.dirname(path))
     beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
     try:
@@ -871,8 +872,8 @@ def _is_text(value: object) -> bool:
 
 
 def _is_prefix(value: object) -> bool:
-    return isinstance(value,
-                      str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 and not "kodeimage-v".startswith(value)
+    return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 \
+        and not "kodeimage-v".startswith(value)
 
 
 # For each key: what it must be, in words for the person, and the test of it.
@@ -1039,8 +1040,8 @@ class Utmctl:
             places = [shutil.which(program) or "", *(UTMCTL_PLACES if program == "utmctl" else ())]
             if program == "utmctl" and self._configured:
                 places = [self._configured]
-            usable = [p for p in map(os.path.expanduser, filter(None, places)) if os.path.isfile(p)
-                      and os.access(p, os.X_OK)]
+            usable = [place for place in map(os.path.expanduser, filter(None, places))
+                      if os.path.isfile(place) and os.access(place, os.X_OK)]
             if not usable:
                 where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
                 raise Unreachable(
@@ -1461,17 +1462,16 @@ class VM:
 
     def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
                   macs: Sequence[str] = ()) -> Reply:
-        """Changes a stopped machine's configuration; memory in MiB. The answer has a line each for name, memory, CPUs,
-        and
-        every network address, as they are then."""
+        """Changes a stopped machine's configuration; memory in MiB.
+
+        The answer has a line each for name, memory, CPUs, and every network address, as they are then.
+        """
         return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
 
     def make_unique(self, memory: int | None, cpus: int | None) -> None:
-        """Gives a stopped machine network addresses that no other has, and `memory` (MiB) and `cpus` in the same
-        change.
+        """Gives a stopped machine network addresses that no other has, with `memory` (MiB) and `cpus` in one change.
 
-        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError if it is not done and
-        proved.
+        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError unless it is proved done.
         """
         problem = "UTM does not answer"
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
@@ -1666,6 +1666,7 @@ def as_words(options: dict[str, str]) -> list[str]:
 
 
 # ---- the fleet
+
 
 class Cloner:
     """Makes one copy of a stopped machine under a new name, and only one, whatever is lost or interrupted.
@@ -1940,8 +1941,8 @@ class Manager:
         only kept if the list shows exactly that machine, started. Callers hold the label's lock.
         """
         name = self.settings.prefix + label
-        known = [uuid for uuid,
-                 record in self.state.records().items() if record.get("name") == name and UUID.fullmatch(uuid)]
+        known = [uuid for uuid, record in self.state.records().items()
+                 if record.get("name") == name and UUID.fullmatch(uuid)]
         call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
         try:
             rows = self.utm.rows()
@@ -2899,9 +2900,8 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"))
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """what lets ssh, scp, rsync, git and editors use machines by name"""
-    lines = [f"Host {ctx.manager.settings.prefix}*"] + [f"  {key} {value}" for key,
-                                                        value in ctx.manager.name_options().items()]
-    stanza = "".join(line + "\n" for line in lines)
+    options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.name_options().items())
+    stanza = f"Host {ctx.manager.settings.prefix}*\n{options}"
     ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
     include = f'Include "{ours}"'
     if not opts.install:
@@ -3203,8 +3203,8 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
         origin = image.get("name") if isinstance(image, dict) else None
         if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
             unknown += 1
-        elif (opts.older_than is not None and age is not None and age < opts.older_than) or opts.image not in (None,
-                                                                                                               origin):
+        elif (opts.older_than is not None and age is not None and age < opts.older_than) \
+                or opts.image not in (None, origin):
             continue
         elif names.count(row.name) > 1:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
@@ -3274,8 +3274,8 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
         if opts.key and opts.key not in values:
             raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
         for key in [opts.key] if opts.key else values:
-            text = values[key] if isinstance(values[key],
-                                             str) else "" if values[key] is None else json.dumps(values[key])
+            value = values[key]
+            text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
             ctx.out.result(text if opts.key else f"{key} = {text}")
     return 0
 
