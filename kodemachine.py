@@ -3314,8 +3314,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
 
 
-def build_parser() -> Parser:
-    """The parser of everything before the first `--`, from the command table. No I/O."""
+def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
+    """The parser of everything before the first `--`, from the command table; of the commands only those that `words`
+    name, since each costs time, unless they ask for help. No I/O."""
     parser = Parser(prog="kodemachine", usage=USAGE, epilog=EPILOG, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="A fresh, isolated Linux machine in seconds, from a golden image in UTM.")
@@ -3326,7 +3327,10 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
     top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
     places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
+    helping = not {"-h", "--help"}.isdisjoint(words)
     for name, entry in COMMANDS.items():
+        if not helping and {name.partition(" ")[0], *entry.aliases}.isdisjoint(words):
+            continue
         text = (entry.run.__doc__ or "").splitlines()[0]
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
         group, _, word = name.rpartition(" ")
@@ -3371,7 +3375,7 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     """Parses, builds the layers, and runs the command."""
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
-    opts, unknown = build_parser().parse_known_args(words)
+    opts, unknown = build_parser(words).parse_known_args(words)
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet, opts.verbose
     takes_rest = opts.command in ("start", "ssh", "exec")

@@ -5879,6 +5879,12 @@ class OutTest(FleetCase):
         self.assert_says(self.km("stop", "-t", "x"), 2, "seconds\n  See: kodemachine help stop\n")
         self.assertEqual(self.utm.calls(), [])
 
+    def test_only_the_parser_of_the_command_at_hand_is_made(self) -> None:
+        for words, made in (([], 1), (["--version"], 1), (["-q", "ls", "--json"], 2), (["start", "alpha"], 2)):
+            with mock.patch.object(kodemachine, "Parser", wraps=kodemachine.Parser) as parser:
+                kodemachine.build_parser(words)
+            self.assertEqual(parser.call_count, made, words)
+
     def test_what_is_not_needed_is_not_loaded(self) -> None:
         self.vm("a")
         modules = "; print('MODULES', *sorted(sys.modules), file=sys.stderr)"
