@@ -3,8 +3,8 @@
 
     kodemachine project-alpha       clone if missing, start, wait for ssh, become ssh
 
-This file is the whole program. It is copied to ~/bin and started a hundred times a day, so it imports at
-the top only what every run needs; the rest is imported where it is used.
+This file is the whole program. It is installed as one file in ~/bin, compiled (a plain copy works, too), and started
+a hundred times a day, so it imports at the top only what every run needs; the rest is imported where it is used.
 
 It reads from top to bottom, and calls go the same way back, never up:
 
@@ -1660,6 +1660,12 @@ def local_network_rules() -> bool:
     return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
 
 
+def own_path() -> str:
+    """The absolute path of this program; install.sh makes it a zip application, inside of which `__file__` is."""
+    path = os.path.realpath(__file__)
+    return path if os.path.exists(path) else os.path.dirname(path)
+
+
 def as_words(options: dict[str, str]) -> list[str]:
     """ssh's options as words of a command line."""
     return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
@@ -2136,10 +2142,10 @@ class Manager:
     def name_options(self) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
 
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and script by
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
         absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
-        proxy = shlex.join([sys.executable, "-IS", os.path.realpath(__file__)]).replace("%", "%%")
+        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
         return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
 
     # -- looking

@@ -21,6 +21,7 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -48,6 +49,7 @@ import time
 import tty
 import types
 import unittest
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -3942,8 +3944,7 @@ class InstallTest(unittest.TestCase):
     """install.sh in a checkout of its own, on a machine with nothing but the tools it may use."""
 
     shell = shutil.which("dash") or "/bin/sh"
-    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "tail",
-             "uname")
+    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "uname")
     program = """\
 #!/usr/bin/env python3
 '''Stands in for kodemachine: prints what it was run with.'''
@@ -4009,9 +4010,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         return out
 
     def first_line(self) -> str:
-        return self.read(self.target).partition("\n")[0]
+        with open(self.target, "rb") as file:
+            return file.readline().decode().rstrip("\n")
 
-    def test_the_installed_copy_runs_isolated_on_the_chosen_python(self) -> None:
+    def test_the_installed_program_runs_isolated_on_the_chosen_python(self) -> None:
         self.assertIn(f"installed kodemachine 1.0.0: {self.target} (Python ", self.install())
         self.assertEqual(stat.S_IMODE(os.stat(self.target).st_mode), 0o755)
         self.assertEqual(self.first_line(), f"#!{sys.executable} -IS")
@@ -4020,15 +4022,35 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         self.assertEqual(os.path.realpath(python), os.path.realpath(sys.executable))
         self.assertEqual(rest, ["1", "1", "a b"])
 
-    def test_only_the_first_line_differs_from_the_source(self) -> None:
+    def test_it_is_compiled_and_has_its_source_for_any_other_python(self) -> None:
         self.install()
-        source = self.read("check out/kodemachine.py")
-        self.assertEqual(self.read(self.target).partition("\n")[2], source.partition("\n")[2])
+        with zipfile.ZipFile(self.target) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        self.assertEqual(parts["__main__.py"].decode(), self.read("check out/kodemachine.py"))
+        # Code of another Python, and code that cannot be right: it is not compiled anew while it fits.
+        for number, code, status in ((b"\0\0\0\0", b"", 0), (importlib.util.MAGIC_NUMBER, b"spoilt", 1)):
+            with zipfile.ZipFile(self.path("other"), "w") as archive:
+                archive.writestr("__main__.pyc", number + parts["__main__.pyc"][4:16] + code)
+                archive.writestr("__main__.py", parts["__main__.py"])
+            done = subprocess.run([sys.executable, "-IS", self.path("other"), "x"], capture_output=True, timeout=20)
+            self.assertEqual((done.returncode, b"|x" in done.stdout), (status, not status), done.stderr)
 
-    def test_the_real_kodemachine_is_recognised(self) -> None:
+    def test_the_real_kodemachine_is_recognised_and_knows_where_it_is(self) -> None:
         shutil.copy(os.path.join(HERE, "kodemachine.py"), self.path("check out"))
         self.install()
         self.assertIn(" is already up to date: ", self.install())
+        os.symlink(self.target, self.path("km"))
+        for program in (self.target, self.path("km"), self.path("check out/kodemachine.py")):
+            done = subprocess.run([sys.executable, "-IS", program, "ssh-config"], env={"HOME": self.path("home")},
+                                  capture_output=True, encoding="utf-8", timeout=20)
+            file = self.path("check out/kodemachine.py") if program.endswith(".py") else self.target
+            self.assertIn(f"-IS '{file}' proxy %h\n", done.stdout)
+
+    def test_a_plain_copy_is_recognised_and_replaced(self) -> None:
+        os.mkdir(self.path("home/bin"))
+        shutil.copy(self.path("check out/kodemachine.py"), self.target)
+        self.assertIn("updated kodemachine 1.0.0 -> 1.0.0: ", self.install())
+        self.assertIn("kodemachine 1.0.0 is already up to date", self.install())
 
     def test_a_second_run_changes_nothing_and_a_new_release_updates(self) -> None:
         self.install()
@@ -4041,10 +4063,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
 
     def test_a_running_copy_is_replaced_and_not_rewritten(self) -> None:
         self.install()
-        with open(self.target, encoding="utf-8") as running:
+        with open(self.target, "rb") as running:
             self.release("1.1.0")
             self.install()
-            self.assertIn('"1.0.0"', running.read())
+            self.assertIn(b'"1.0.0"', running.read())
 
     def test_prefix_may_be_relative_or_have_blanks_or_a_tilde(self) -> None:
         for prefix, folder in (("a prefix", "a prefix"), ("~/tools/", "home/tools"),
