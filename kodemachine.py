@@ -3,8 +3,8 @@
 
     kodemachine project-alpha       clone if missing, start, wait for ssh, become ssh
 
-This file is the whole program. It is copied to ~/bin and started a hundred times a day, so it imports at
-the top only what every run needs; the rest is imported where it is used.
+This file is the whole program. It is installed as one file in ~/bin, compiled (a plain copy works, too), and started
+a hundred times a day, so it imports at the top only what every run needs; the rest is imported where it is used.
 
 It reads from top to bottom, and calls go the same way back, never up:
 
@@ -1660,6 +1660,12 @@ def local_network_rules() -> bool:
     return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
 
 
+def own_path() -> str:
+    """The absolute path of this program; install.sh makes it a zip application, inside of which `__file__` is."""
+    path = os.path.realpath(__file__)
+    return path if os.path.exists(path) else os.path.dirname(path)
+
+
 def as_words(options: dict[str, str]) -> list[str]:
     """ssh's options as words of a command line."""
     return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
@@ -2137,10 +2143,10 @@ class Manager:
     def name_options(self) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
 
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and script by
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
         absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
-        proxy = shlex.join([sys.executable, "-IS", os.path.realpath(__file__)]).replace("%", "%%")
+        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
         return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
 
     # -- looking
@@ -3314,8 +3320,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
 
 
-def build_parser() -> Parser:
-    """The parser of everything before the first `--`, from the command table. No I/O."""
+def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
+    """The parser of everything before the first `--`, from the command table; of the commands only those that `words`
+    name, since each costs time, unless they ask for help. No I/O."""
     parser = Parser(prog="kodemachine", usage=USAGE, epilog=EPILOG, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="A fresh, isolated Linux machine in seconds, from a golden image in UTM.")
@@ -3326,7 +3333,10 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
     top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
     places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
+    helping = not {"-h", "--help"}.isdisjoint(words)
     for name, entry in COMMANDS.items():
+        if not helping and {name.partition(" ")[0], *entry.aliases}.isdisjoint(words):
+            continue
         text = (entry.run.__doc__ or "").splitlines()[0]
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
         group, _, word = name.rpartition(" ")
@@ -3371,7 +3381,7 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     """Parses, builds the layers, and runs the command."""
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
-    opts, unknown = build_parser().parse_known_args(words)
+    opts, unknown = build_parser(words).parse_known_args(words)
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet, opts.verbose
     takes_rest = opts.command in ("start", "ssh", "exec")

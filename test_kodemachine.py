@@ -21,9 +21,11 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
+import marshal
 import os
 import plistlib
 import pwd
@@ -47,6 +49,7 @@ import time
 import tty
 import types
 import unittest
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -62,10 +65,11 @@ Machine = dict[str, Any]
 
 # ---- the fake UTM
 #
-# FAKE_PARTS runs in two places: here and, copied by Utm.install(), in the fake utmctl and osascript. Those
-# start thousands of times, so FAKE_IMPORTS is all they load at first, and the rest where it is needed.
+# This part runs in two places: here and, copied by Utm.install(), in the fake utmctl and osascript. Those
+# start thousands of times, so FAKE_IMPORTS is all they load at first, and the rest where it is needed. Importing
+# json and re would double the time that a call takes, so the files are in marshal's format.
 
-FAKE_IMPORTS = "from __future__ import annotations; import fcntl, json, os, re, sys, time"
+FAKE_IMPORTS = "from __future__ import annotations; import fcntl, marshal, os, sys, time"
 
 
 class Refused(Exception):
@@ -85,7 +89,7 @@ class Exit(Exception):
 
 
 class FakeUTM:
-    """UTM.app: its machines and what becomes of them, in a JSON file that any number of processes share.
+    """UTM.app: its machines and what becomes of them, in a file that any number of processes share.
 
     Nothing runs in the background. What takes time is noted with the moment it is due (`later`), and whoever
     next opens the state (`with utm:`) first does what has come due. So things go on by themselves after the
@@ -103,9 +107,9 @@ class FakeUTM:
     def __enter__(self) -> FakeUTM:
         self._lock = open(self.path("lock"), "w")  # noqa: SIM115 (__exit__ closes it, which unlocks)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        with open(self.path("state.json"), encoding="utf-8") as file:
-            self._text = file.read()
-        self.state = json.loads(self._text)
+        with open(self.path("state"), "rb") as file:
+            self._before = file.read()
+        self.state = marshal.loads(self._before)
         self.now, self.delay, clock = 0.0, 0.0, time.time()
         while self.state["pending"] and self.state["pending"][0][0] <= clock:
             self.now, action, *words = self.state["pending"].pop(0)
@@ -114,20 +118,20 @@ class FakeUTM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        text = json.dumps(self.state)
-        if text != self._text:
-            with open(self.path("state.json.new"), "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(self.path("state.json.new"), self.path("state.json"))
+        now = marshal.dumps(self.state, 2)  # without references, equal states are equal bytes
+        if now != self._before:
+            with open(self.path("state.new"), "wb") as file:
+                file.write(now)
+            os.replace(self.path("state.new"), self.path("state"))
         self._lock.close()
 
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
 
     def journal(self, **entry: Any) -> None:
-        """Adds a line; a single write to a file opened for appending is not mixed with another's."""
+        """Adds an entry; a single write to a file opened for appending is not mixed with another's."""
         log = os.open(self.path("calls.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.write(log, (json.dumps({"pid": os.getpid(), **entry}) + "\n").encode())
+        os.write(log, marshal.dumps({"pid": os.getpid(), **entry}))
         os.close(log)
 
     # -- looking
@@ -340,7 +344,8 @@ class FakeUTM:
 
     @staticmethod
     def new_uuid() -> str:
-        return re.sub("(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", os.urandom(16).hex().upper())
+        text = os.urandom(16).hex().upper()
+        return "-".join([text[:8], text[8:12], text[12:16], text[16:20], text[20:]])
 
     @staticmethod
     def new_mac() -> str:
@@ -349,7 +354,7 @@ class FakeUTM:
 
     @staticmethod
     def bundle_name(name: str) -> str:
-        return re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm"
+        return "".join("-" if char in ',/:\\?%*|"<>' else char for char in name) + ".utm"
 
     def bundle(self, vm: Machine, *names: str) -> str:
         return os.path.join(self.app["documents"], vm["bundle"], *names)
@@ -492,6 +497,7 @@ class Guest:
 
     def inside(self, word: str) -> str:
         """A word of a command line with its absolute paths led into the guest."""
+        import re
 
         def program(match: re.Match[str]) -> str:
             return f"{self.root}/bin/{match[1]}" if match[1] in self.STUBS else match.group()
@@ -708,7 +714,8 @@ class Utmctl(Tool):
 
     def options(self, verb: str, words: list[str]) -> dict[str, Any]:
         usage = self.USAGE[verb]
-        takes = dict(re.findall(r"(?<=\[)(--[\w-]+)( <\w+>)?", usage))
+        parts = [part.partition("]") for part in usage.split("[")[1:]]  # what is in brackets, and what follows
+        takes = {words.split()[0]: "".join(" " + word for word in words.split()[1:2]) for words, _, _ in parts}
         options: dict[str, Any] = {"--env": []}
         plain: list[str] = []
         unknown = ""
@@ -737,7 +744,7 @@ class Utmctl(Tool):
                 )
             else:
                 options[long] = True
-        for missing in re.findall(r"(?<!-)<\w+>", re.sub(r"\[.*?\]|--cmd.*", "", usage)):
+        for missing in "".join(after for _, _, after in parts).partition("--cmd")[0].split():
             if not plain:
                 raise self.misuse(verb, f"Missing expected argument '{missing}'", missing)
             options[missing] = plain.pop(0)
@@ -757,7 +764,7 @@ class Utmctl(Tool):
         if not value and (not words or (words[0].startswith("-") and words[0] != "-")):
             raise self.misuse(verb, f"Missing value for '{option}'", option)
         value = value or words.pop(0)
-        if "--index" in option and not re.fullmatch("[+-]?[0-9]+", value):
+        if "--index" in option and not value[value[:1] in ("+", "-") :].isdecimal():
             raise self.misuse(verb, f"The value '{value}' is invalid for '{option}'", option)
         return value
 
@@ -812,7 +819,7 @@ class Utmctl(Tool):
             if vm is None:
                 raise Exit(1, self.NOT_FOUND)
             words.append(vm)
-        method = getattr(self, "verb_" + re.sub("[- ]", "_", verb))
+        method = getattr(self, "verb_" + verb.replace("-", "_").replace(" ", "_"))
         yield from method(*words, options)
 
     def again(self, vm: Machine) -> Machine:
@@ -998,6 +1005,8 @@ class Osascript(Tool):
     }
 
     def __init__(self, utm: FakeUTM, argv: Sequence[str]) -> None:
+        import re
+
         super().__init__(utm, argv)
         self.words, scripts = list(argv), []
         while self.words and self.words[0] in ("-e", "-l"):
@@ -1011,7 +1020,7 @@ class Osascript(Tool):
         self.verb = marked[1] if marked else ""
 
     def run(self) -> int:
-        method = getattr(self, "operation_" + re.sub(r"\W", "_", self.verb), None)
+        method = getattr(self, "operation_" + self.verb.replace("-", "_"), None)
         if method is None:
             raise Exit(1, "0:0: syntax error: A identifier can’t go after this identifier. (-2741)")
         return self.serve(self.verb, method(*self.words))
@@ -1086,18 +1095,16 @@ def fake_main(tool: str, folder: str) -> int:
     return status
 
 
-FAKE_PARTS = (Refused, Exit, FakeUTM, Guest, Tool, Utmctl, Osascript, imitate_ssh, fake_main)
-
 # ---- the tests' side
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 (functools.cache is this, spelled for 3.9 on)
 def fake_module() -> bytes:
-    """FAKE_PARTS as a compiled module, each at its line of this file so that tracebacks show the source."""
-    text = FAKE_IMPORTS
-    for part in FAKE_PARTS:
-        lines, first = inspect.getsourcelines(part)
-        text += "\n" * (first - 1 - text.count("\n")) + "".join(lines)
+    """The fake UTM as a compiled module, each line where it is in this file so that tracebacks show the source."""
+    with open(__file__, encoding="utf-8") as file:
+        lines = file.readlines()
+    first, end = lines.index("# ---- the fake UTM\n"), lines.index("# ---- the tests' side\n")
+    text = FAKE_IMPORTS + "\n" * first + "".join(lines[first:end])
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = os.path.join(folder, "fakeutm.py"), os.path.join(folder, "fakeutm.pyc")
         with open(source, "w", encoding="utf-8") as file:
@@ -1146,8 +1153,8 @@ class Utm:
             "addresses": [f"127.0.0.{n}" for n in range(2, 10)],  # what machines without `ips` get, one each
             "host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "Fake" * 10 + "Fak root@guest",
         }
-        with open(self.fake.path("state.json"), "w", encoding="utf-8") as file:
-            json.dump({"app": app, "vms": [], "faults": [], "pending": [], "orphans": []}, file)
+        with open(self.fake.path("state"), "wb") as file:
+            marshal.dump({"app": app, "vms": [], "faults": [], "pending": [], "orphans": []}, file, 2)
 
     def install(self, bin_folder: str, *tools: str) -> None:
         """Puts the programs (utmctl, osascript unless named) into a folder for PATH."""
@@ -1296,10 +1303,11 @@ class Utm:
             return Guest(utm, vm["uuid"]).root
 
     def journal(self) -> list[dict[str, Any]]:
-        if not os.path.exists(self.fake.path("calls.log")):
-            return []
-        with open(self.fake.path("calls.log"), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        entries: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError, EOFError), open(self.fake.path("calls.log"), "rb") as file:
+            while True:
+                entries.append(marshal.load(file))
+        return entries
 
     def calls(self, verb: str | None = None, tool: str = "utmctl") -> list[dict[str, Any]]:
         """Processes of a tool (utmctl, osascript, ssh, scp) in the order in which they were started.
@@ -1957,7 +1965,7 @@ class FakeTest(Case):
         self.assertEqual(self.utmctl("file", "push", "km-a", "/root/x", stdin="abc"), (0, "", ""))
         self.assert_utmctl("file pull km-a /root/x", 0, "abc")
         self.assert_utmctl("exec km-a --cmd cat /root/x", 0, "abc")
-        self.assertIn("(OSStatus error -2700.)", self.utmctl("file", "pull", "km-a", "/../../state.json").err)
+        self.assertIn("(OSStatus error -2700.)", self.utmctl("file", "pull", "km-a", "/../../state").err)
 
     def test_attach_prints_where_the_serial_port_is(self) -> None:
         warning = "WARNING: attach command is not implemented yet!\n"
@@ -3936,8 +3944,7 @@ class InstallTest(unittest.TestCase):
     """install.sh in a checkout of its own, on a machine with nothing but the tools it may use."""
 
     shell = shutil.which("dash") or "/bin/sh"
-    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "tail",
-             "uname")
+    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "uname")
     program = """\
 #!/usr/bin/env python3
 '''Stands in for kodemachine: prints what it was run with.'''
@@ -4003,9 +4010,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         return out
 
     def first_line(self) -> str:
-        return self.read(self.target).partition("\n")[0]
+        with open(self.target, "rb") as file:
+            return file.readline().decode().rstrip("\n")
 
-    def test_the_installed_copy_runs_isolated_on_the_chosen_python(self) -> None:
+    def test_the_installed_program_runs_isolated_on_the_chosen_python(self) -> None:
         self.assertIn(f"installed kodemachine 1.0.0: {self.target} (Python ", self.install())
         self.assertEqual(stat.S_IMODE(os.stat(self.target).st_mode), 0o755)
         self.assertEqual(self.first_line(), f"#!{sys.executable} -IS")
@@ -4014,15 +4022,35 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         self.assertEqual(os.path.realpath(python), os.path.realpath(sys.executable))
         self.assertEqual(rest, ["1", "1", "a b"])
 
-    def test_only_the_first_line_differs_from_the_source(self) -> None:
+    def test_it_is_compiled_and_has_its_source_for_any_other_python(self) -> None:
         self.install()
-        source = self.read("check out/kodemachine.py")
-        self.assertEqual(self.read(self.target).partition("\n")[2], source.partition("\n")[2])
+        with zipfile.ZipFile(self.target) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        self.assertEqual(parts["__main__.py"].decode(), self.read("check out/kodemachine.py"))
+        # Code of another Python, and code that cannot be right: it is not compiled anew while it fits.
+        for number, code, status in ((b"\0\0\0\0", b"", 0), (importlib.util.MAGIC_NUMBER, b"spoilt", 1)):
+            with zipfile.ZipFile(self.path("other"), "w") as archive:
+                archive.writestr("__main__.pyc", number + parts["__main__.pyc"][4:16] + code)
+                archive.writestr("__main__.py", parts["__main__.py"])
+            done = subprocess.run([sys.executable, "-IS", self.path("other"), "x"], capture_output=True, timeout=20)
+            self.assertEqual((done.returncode, b"|x" in done.stdout), (status, not status), done.stderr)
 
-    def test_the_real_kodemachine_is_recognised(self) -> None:
+    def test_the_real_kodemachine_is_recognised_and_knows_where_it_is(self) -> None:
         shutil.copy(os.path.join(HERE, "kodemachine.py"), self.path("check out"))
         self.install()
         self.assertIn(" is already up to date: ", self.install())
+        os.symlink(self.target, self.path("km"))
+        for program in (self.target, self.path("km"), self.path("check out/kodemachine.py")):
+            done = subprocess.run([sys.executable, "-IS", program, "ssh-config"], env={"HOME": self.path("home")},
+                                  capture_output=True, encoding="utf-8", timeout=20)
+            file = self.path("check out/kodemachine.py") if program.endswith(".py") else self.target
+            self.assertIn(f"-IS '{file}' proxy %h\n", done.stdout)
+
+    def test_a_plain_copy_is_recognised_and_replaced(self) -> None:
+        os.mkdir(self.path("home/bin"))
+        shutil.copy(self.path("check out/kodemachine.py"), self.target)
+        self.assertIn("updated kodemachine 1.0.0 -> 1.0.0: ", self.install())
+        self.assertIn("kodemachine 1.0.0 is already up to date", self.install())
 
     def test_a_second_run_changes_nothing_and_a_new_release_updates(self) -> None:
         self.install()
@@ -4035,10 +4063,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
 
     def test_a_running_copy_is_replaced_and_not_rewritten(self) -> None:
         self.install()
-        with open(self.target, encoding="utf-8") as running:
+        with open(self.target, "rb") as running:
             self.release("1.1.0")
             self.install()
-            self.assertIn('"1.0.0"', running.read())
+            self.assertIn(b'"1.0.0"', running.read())
 
     def test_prefix_may_be_relative_or_have_blanks_or_a_tilde(self) -> None:
         for prefix, folder in (("a prefix", "a prefix"), ("~/tools/", "home/tools"),
@@ -5872,6 +5900,12 @@ class OutTest(FleetCase):
         self.assert_says(self.km("help", "bogus"), 2, "bogus")
         self.assert_says(self.km("stop", "-t", "x"), 2, "seconds\n  See: kodemachine help stop\n")
         self.assertEqual(self.utm.calls(), [])
+
+    def test_only_the_parser_of_the_command_at_hand_is_made(self) -> None:
+        for words, made in (([], 1), (["--version"], 1), (["-q", "ls", "--json"], 2), (["start", "alpha"], 2)):
+            with mock.patch.object(kodemachine, "Parser", wraps=kodemachine.Parser) as parser:
+                kodemachine.build_parser(words)
+            self.assertEqual(parser.call_count, made, words)
 
     def test_what_is_not_needed_is_not_loaded(self) -> None:
         self.vm("a")
