@@ -1630,8 +1630,11 @@ class VM:
         self._utm.insist(reply)
         if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
             raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known")
-        raise KodeError(f"the command was not run in {self.name}: {printable(reply.sentence) or reply.outcome.value}",
-                        f"It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh {self.name}")
+        much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
+        raise KodeError(f"the guest agent of {self.name} did not confirm that the command was run: "
+                        f"{printable(reply.sentence) or reply.outcome.value}",
+                        much * (stdin is not None) + "It needs qemu-guest-agent in the guest; ssh may still work: "
+                        f"kodemachine ssh {self.name}")
 
     def serial_port(self, index: int | None) -> str:
         """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""

@@ -3792,8 +3792,16 @@ class ExecTest(Case):
         self.utm.fault("exec", error=-2700, string="The agent is not running.")
         result = self.execute("true")
         self.assertEqual(result.code, 1)
-        self.assertIn("was not run in km-a: The agent is not running.", result.err)
+        self.assertIn("km-a did not confirm that the command was run: The agent is not running.", result.err)
         self.assertIn("qemu-guest-agent", result.err)
+
+    def test_input_that_takes_too_long_is_not_said_to_have_done_nothing(self) -> None:
+        self.utm.fault("exec", error=-2700, string="Timed out waiting for RPC.", when="after")
+        result = self.execute("sh", "-c", "cat > /etc/taken", stdin="much")
+        with open(os.path.join(self.utm.guest("km-a"), "etc", "taken"), encoding="utf-8") as file:
+            self.assertEqual((result.code, file.read()), (1, "much"))
+        self.assertNotIn("was not run", result.err)
+        self.assertIn("kodemachine cp", result.err)
 
     def test_it_wants_a_command_and_a_running_machine(self) -> None:
         self.assertEqual(self.km("exec", "a").code, 2)
