@@ -63,6 +63,7 @@ FORCE_STAGE = 15.0      # for each stage of a forced stop
 DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
+SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
@@ -1607,18 +1608,31 @@ class VM:
             "Look at it in UTM's window, then try again.",
         )
 
-    def run(self, argv: Sequence[str], stdin: int | None = None) -> tuple[int, bytes, bytes]:
+    def await_agent(self, limit: float) -> None:
+        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
+        for _ in attempts(limit, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.insist(self._utm.call("exec", self.uuid, "--cmd", "echo", "ready"))
+            if reply.out == "ready\n":
+                return
+            self._must_run()
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s"
+                       + (f": {printable(reply.sentence)}" if reply.sentence else ""),
+                       "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
+
+    def run(self, argv: Sequence[str], stdin: int | None = None,
+            limit: float = float("inf")) -> tuple[int, bytes, bytes]:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
 
         It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
         for one killed by a signal, and for a lost result (contract 1.3). The `--` in front of it, which is the shell's
         $0, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
+        After `limit` seconds it is no longer listened to.
         Raises KodeError if the command was not run, or if how it ended is not known.
         """
         mark = f"kodemachine-{os.urandom(8).hex()}:"
         script = f'"$@"; code=$?; printf "\\n{mark}%s\\n" "$code" >&2; exit "$code"'
         words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", script, "--", *argv]
-        call = self._utm.begin("exec", *words, limit=float("inf"), stdin=subprocess.DEVNULL if stdin is None else stdin)
+        call = self._utm.begin("exec", *words, limit=limit, stdin=subprocess.DEVNULL if stdin is None else stdin)
         reply = self._utm.finish(call)
         assert reply
         out, err = reply.raw
@@ -1708,12 +1722,17 @@ class Cloner:
         self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
         return self._await(name, intent, found, None, left)
 
-    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
-        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+    @staticmethod
+    def must_be_free(name: str, rows: Sequence[Row]) -> None:
+        """Raises WrongState if a machine bears that name (compared without case, as UTM's folders are)."""
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
                              "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+
+    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
+        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+        self.must_be_free(name, rows)
         self._await_other_calls(base)
         intent = Intent(self._state, name)
         for repeated in (False, True):
@@ -1890,7 +1909,8 @@ class Manager:
         return label if ours and not label.startswith(self.settings.prefix) else None
 
     def _image_uuids(self) -> set[str]:
-        images = (record.get("image") for record in self.state.records().values())
+        images = (record.get("image") for record in self.state.records().values()
+                  if not IMAGE.fullmatch(str(record.get("name"))))      # what an image was made from, is none itself
         return {image["uuid"] for image in images if isinstance(image, dict) and isinstance(image.get("uuid"), str)}
 
     def images(self, rows: Sequence[Row]) -> list[Row]:
@@ -1933,7 +1953,8 @@ class Manager:
             yield
 
     @contextlib.contextmanager
-    def _fleet(self) -> Iterator[None]:
+    def fleet(self) -> Iterator[None]:
+        """Holds the fleet's lock: for clone, rename, configuration and delete."""
         with self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
             yield
 
@@ -1971,7 +1992,7 @@ class Manager:
     def _clone(self, label: str, wishes: Wishes) -> Row:
         """A new machine of that label, or the one that an earlier run began to make."""
         name = self.settings.prefix + label
-        with self._fleet():
+        with self.fleet():
             row = self._cloner.finish(name)
             if row:
                 self._cloner.adopt(row)
@@ -2011,16 +2032,19 @@ class Manager:
             raise WrongState(f"{row.name} is {row.power.value}; only a stopped machine can be started as disposable",
                              f"First: kodemachine stop {label}")
 
+    def configured(self, rows: Sequence[Row]) -> str | None:
+        """The name of the image that new machines come from: the configured one, or the highest version there is."""
+        versions = [row.name for row in rows if IMAGE.fullmatch(row.name)]
+        return self.settings.base_image or max(
+            versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
+
     def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
         """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
-        images = [row for row in rows if IMAGE.fullmatch(row.name)]
         names = ", ".join(sorted(printable(row.name) for row in self.images(rows))) or "none yet"
-        wanted = wanted or self.settings.base_image
-        if wanted is None and not images:
-            raise NotFound("there is no image to clone", "Make a virtual machine in UTM, and name it kodeimage-v0.1.0 "
-                           "(README: The golden image).")
+        wanted = wanted or self.configured(rows)
         if wanted is None:
-            wanted = max(images, key=lambda row: tuple(map(int, row.name[11:].split(".")))).name
+            raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
+                           "(README: The golden image).")
         found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()]
         if not found:
             raise NotFound(f"there is no image {printable(wanted)}", f"Images: {names}. Choose one with --base, or: "
@@ -2051,7 +2075,7 @@ class Manager:
             resumes = vm.power is Power.PAUSED or record.get("saved")
             self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
             vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
-                        before_cold=lambda: self._before_cold_start(vm, record, wishes))
+                        before_cold=lambda: self.before_cold_start(vm, record, wishes))
             record = self.record_of(vm.uuid)
         if record.get("saved") or record.get("new"):
             self.state.record(vm.uuid, saved=None, new=None)
@@ -2062,10 +2086,11 @@ class Manager:
             self._give_personality(vm, label)
         return address
 
-    def _before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
+    def before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
+        """Sees to a network address of its own, and drops what an earlier boot alone knew."""
         if not record.get("saved"):
             if wishes.cpus or wishes.memory or not record.get("mac_checked"):
-                with self._fleet():
+                with self.fleet():
                     self._notes.step(f"checking the network address of {vm.name}")
                     vm.make_unique(wishes.memory, wishes.cpus)
             self.state.record(vm.uuid, name=vm.name, mac_checked=True)
@@ -2151,6 +2176,67 @@ class Manager:
         """
         proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
         return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
+
+    # -- images
+
+    def machine(self, text: str) -> Row:
+        """The machine of that UTM name, UUID or label. Raises NotFound, or WrongState that names both readings."""
+        name = self.settings.prefix + text
+        rows = self.utm.rows()
+        found = [row for row in rows if row.name == text or row.uuid == text.upper()
+                 or (row.name == name and self.label_of(name))]
+        if len(found) > 1:
+            raise WrongState(f"{printable(text)} may be one of {len(found)} machines: "
+                             + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
+        if not found:
+            raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
+        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-") \
+                or found[0].name == self.configured(rows):
+            raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
+                             "Seal a clone of it instead.")
+        return found[0]
+
+    @contextlib.contextmanager
+    def sealing(self, text: str) -> Iterator[VM]:
+        """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
+        row = self.machine(text)
+        name = row.name if self.label_of(row.name) else row.uuid    # foreign names may not do for a file's
+        with self.state.lock(name, self.settings.lock_limit, what=printable(row.name)):
+            row = self.machine(row.uuid)
+            record = self.record_of(row.uuid)
+            if record.get("saved"):
+                raise WrongState(f"{row.name} has a saved session, which sealing would lose",
+                                 "Resume it and shut it down first.")
+            if record.get("disposable") and row.power is not Power.STOPPED:
+                raise WrongState(f"{row.name} runs as disposable: what is changed in it is lost when it stops",
+                                 "Stop it first.")
+            yield VM(self.utm, row)
+
+    def forget_guest(self, vm: VM) -> None:
+        """Drops what is known of a guest whose host keys are about to go."""
+        if vm.uuid in self.state.records():
+            self.state.record(vm.uuid, host_keys=None, machine_id=None, personality=None, learning=None)
+        self.state.pin(vm.name, [])
+
+    def image_begun(self, vm: VM, name: str) -> Row | None:
+        """The image `name` that an earlier run began to copy from this machine.
+
+        None if there is none. Raises WrongState if a machine of that name is another one.
+        """
+        with self.fleet():
+            begun = Intent(self.state, name).load()
+            row = self._cloner.finish(name)
+            if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
+                return row
+            self._cloner.must_be_free(name, self.utm.rows())
+            return None
+
+    def copy_to_image(self, vm: VM, name: str) -> Row:
+        """Copies a stopped machine under an image's name."""
+        with self.fleet():
+            row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self.utm.rows())
+            self._cloner.adopt(row)
+            return row
 
     # -- looking
 
@@ -2255,7 +2341,7 @@ class Manager:
                                  f"Stop it first, or: kodemachine delete --force {self.label_of(vm.name)}")
             vm.force_off()
         disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
-        with self._fleet():
+        with self.fleet():
             rows = self.utm.rows()
             ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
             if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
@@ -2267,7 +2353,7 @@ class Manager:
 
     def tidy(self) -> None:
         """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
-        with self._fleet():
+        with self.fleet():
             listed = {row.uuid for row in self.utm.rows()}
             records = self.state.records()
             for name in {str(record.get("name")) for uuid, record in records.items() if uuid not in listed}:
@@ -2280,6 +2366,290 @@ class Manager:
     def is_orphan(self, row: Row) -> bool:
         """Whether a machine was made with --rm, and its kodemachine is no more."""
         return bool(self.record_of(row.uuid).get("rm")) and not self.state.locked(row.name + ".session")
+
+
+# ---- golden images
+
+# What the guest agent runs in a machine that becomes an image, as root: $1 is `check` (look only), `apply`, or `prove`
+# (look once more: what is wrong now is an error), $2 the user, $3 their public key, $4 `yes` if they may become root
+# unasked. Each step says `step NAME ok|would|done|bad|warn DETAIL`. What find_NAME prints is what is wrong there, and
+# fix_NAME mends it; so whatever was cut off, the next run goes on from there. The end is proved by the last line.
+SEAL = r"""
+mode=$1 user=$2 key=$3 sudo=$4
+
+say() { printf 'step %s %s %s\n' "$1" "$2" "$3"; }
+brief() { awk 'NR == 1 { first = $0 } END { if (NR > 1) first = first " and " NR - 1 " more"; print first }'; }
+bad() { say "$1" bad "$2"; [ "$mode" = check ] || { echo end; exit; }; }
+need() { found=$(find_"$1"); if [ -n "$found" ]; then bad "$1" "$found"; else say "$1" ok; fi; }
+hint() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  if [ -n "$found" ]; then say "$1" warn "$found"; else say "$1" ok; fi
+}
+step() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  case $mode-$found in
+    *-) say "$1" ok;;
+    check-*) say "$1" would "$found";;
+    prove-*) bad "$1" "$found";;
+    *) said=$(fix_"$1" 2>&1 </dev/null | tail -n 1)
+      left=$(find_"$1" 2>/dev/null | brief)
+      if [ -n "$left" ]; then bad "$1" "$left: $said"; else say "$1" 'done' "$found"; fi;;
+  esac
+}
+# For what comes back by itself while the machine runs: it is not proved.
+tidy() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  case $mode-$found in
+    prove-* | *-) say "$1" ok;;
+    check-*) say "$1" would "$found";;
+    *) fix_"$1" >/dev/null 2>&1 </dev/null; say "$1" 'done' "$found";;
+  esac
+}
+enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
+start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
+remove() { while read -r file; do rm -f "$file"; done; }
+
+find_systemd() { command -v systemctl >/dev/null || echo 'this is no Linux with systemd'; }
+find_server() { command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo 'openssh-server is not installed'; }
+
+find_agent() { enabled qemu-guest-agent.service || echo 'qemu-guest-agent does not start at boot'; }
+fix_agent() { start_at_boot qemu-guest-agent.service; }
+
+find_ssh() {
+  for unit in ssh.service ssh.socket sshd.service sshd.socket; do if enabled $unit; then return; fi; done
+  echo 'the ssh server does not start at boot'
+}
+fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
+
+find_user() { id -u "$user" >/dev/null 2>&1 || echo "there is no user $user"; }
+fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
+
+keys() { printf '%s/.ssh/authorized_keys\n' "$(awk -F : -v user="$user" '$1 == user { print $6 }' /etc/passwd)"; }
+find_key() {
+  grep -qs "^[^#]*$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)" "$(keys)" || echo "$user does not have your ssh key"
+}
+fix_key() {
+  file=$(keys) folder=${file%/*}
+  mkdir -p "$folder"
+  [ -z "$(tail -c 1 "$file" 2>/dev/null)" ] || echo >>"$file"
+  printf '%s\n' "$key" >>"$file"
+  chmod 700 "$folder"; chmod 600 "$file"; chown -R "$user:" "$folder"
+  if command -v restorecon >/dev/null; then restorecon -R "$folder"; fi
+}
+
+find_sudo() {
+  [ "$(id -u "$user" 2>/dev/null)" = 0 ] || sudo -n -l -U "$user" 2>/dev/null | grep -q 'NOPASSWD: ALL' ||
+    echo "$user cannot become root without a password"
+}
+fix_sudo() {
+  printf '%s ALL=(ALL) NOPASSWD: ALL\n' "$user" >/etc/sudoers.d/90-kodemachine
+  chmod 440 /etc/sudoers.d/90-kodemachine
+}
+
+case $(uname -m) in aarch64 | arm64) port=ttyAMA0;; *) port=ttyS0;; esac
+find_console() { enabled "serial-getty@$port.service" || echo "nobody can log in on the serial port $port"; }
+fix_console() { start_at_boot "serial-getty@$port.service"; }
+
+# Profiles that hold for one MAC address, or for one name of a card, which a removed drive can change. What is pinned
+# is put aside under another name, and what stands in for it names no card. The lease follows the machine-id, which
+# each clone makes anew; so the DHCP client's identifier can stay what the system's own default is.
+pinned() {
+  grep -lE 'macaddress:|set-name:|^ +"?(en[a-z0-9]+|eth[0-9]+)"?:' /etc/netplan/*.yaml
+  grep -lE '^ *((Permanent)?MACAddress=|Name=e(n|th)[a-z0-9]*$)' /etc/systemd/network/*.network
+  grep -lE '^ *(Permanent)?MACAddress=' /etc/systemd/network/*.link
+  grep -lE '^(mac-address=.|interface-name=e)' /etc/NetworkManager/system-connections/*
+  grep -l . /etc/udev/rules.d/70-persistent-net.rules
+}
+find_network() { pinned | sed 's/$/ is for one card only/'; }
+fix_network() {
+  pinned 2>/dev/null | while read -r file; do
+    case $file in
+      */NetworkManager/*) sed -i -e '/^mac-address=/d' -e '/^interface-name=e/d' "$file"; continue;;
+      *.yaml) new=/etc/netplan/60-kodemachine.yaml rights=600
+        profile='network:\n  version: 2\n  ethernets:\n    any:\n      match: {name: "e*"}\n      dhcp4: true\n';;
+      *.network) new=/etc/systemd/network/60-kodemachine.network rights=644
+        profile='[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n';;
+      *) new='';;
+    esac
+    mv "$file" "$file.before-kodemachine" || continue
+    if [ -n "$new" ]; then printf '%b' "$profile" >"$new"; chmod "$rights" "$new"; fi
+  done
+}
+
+find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'cloud-init runs in each clone'; }
+fix_cloud() { : >/etc/cloud/cloud-init.disabled; }
+
+# One key is made, which takes no time, unless sshd is told to use others.
+unit=/etc/systemd/system/kodemachine-hostkeys.service
+text='[Unit]
+Description=Make the SSH host keys of this machine
+Before=ssh.service sshd.service
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c "grep -rqsi ^HostKey[[:blank:]] /etc/ssh/sshd_config /etc/ssh/sshd_config.d && \
+exec ssh-keygen -A; \
+key=/etc/ssh/ssh_host_ed25519_key; [ -s $$key.pub ] || { rm -f $$key; ssh-keygen -q -t ed25519 -N \"\" -f $$key; }"
+
+[Install]
+WantedBy=multi-user.target'
+find_newkeys() {
+  enabled "${unit##*/}" && [ "$(cat $unit)" = "$text" ] || echo 'nothing makes new host keys at boot'
+}
+fix_newkeys() { printf '%s\n' "$text" >$unit; chmod 644 $unit; systemctl daemon-reload; start_at_boot "${unit##*/}"; }
+
+find_dbus() {
+  [ ! -d /var/lib/dbus ] || [ "$(readlink /var/lib/dbus/machine-id)" = /etc/machine-id ] ||
+    echo '/var/lib/dbus/machine-id is not a link to /etc/machine-id'
+}
+fix_dbus() { ln -sf /etc/machine-id /var/lib/dbus/machine-id; }
+
+secrets() {
+  for home in /root /home/*; do
+    grep -lsE 'BEGIN .*PRIVATE KEY' "$home"/.ssh/*
+    for file in .aws/credentials .netrc .git-credentials .config/gh/hosts.yml .docker/config.json .npmrc .pypirc \
+      .kube/config .config/gcloud/credentials.db .gnupg/private-keys-v1.d .claude/.credentials.json .codex/auth.json; do
+      if [ -e "$home/$file" ]; then printf '%s/%s\n' "$home" "$file"; fi
+    done
+  done
+}
+find_secrets() { secrets | sed 's/$/ would be in every clone/'; }
+
+find_histories() {
+  for home in /root /home/*; do
+    find "$home" -maxdepth 1 -type f \( -name '.*_history' -o -name .lesshst -o -name .viminfo \)
+  done
+}
+fix_histories() { find_histories | remove; }
+
+find_packages() {
+  find /var/cache/apt /var/lib/apt/lists /var/cache/dnf /var/cache/yum /var/cache/zypp /var/cache/pacman/pkg \
+    -type f ! -name lock
+}
+fix_packages() { find_packages | remove; }
+
+find_leases() {
+  find /var/lib/dhcp /var/lib/dhcpcd /var/lib/NetworkManager -type f \
+    \( -name '*.lease*' -o -name secret_key -o -name timestamps \)
+}
+fix_leases() { find_leases | remove; }
+
+find_logs() { find /var/log -type f -size +0; }
+fix_logs() {
+  find /var/log -type f \( -path '*/journal/*' -o -name '*.gz' -o -name '*.xz' -o -name '*.[0-9]' -o -name '*.old' \) |
+    remove
+  find_logs | while read -r file; do : >"$file"; done
+}
+
+# The service would write a new one when the machine powers off, unless it is over by then.
+find_seed() { find /var/lib/systemd/random-seed /var/lib/urandom/random-seed /boot/efi/loader/random-seed -type f; }
+fix_seed() { systemctl stop systemd-random-seed.service; find_seed | remove; }
+
+find_hostkeys() { find /etc/ssh -name 'ssh_host_*'; }
+fix_hostkeys() { find_hostkeys | remove; }
+
+find_machineid() { [ -f /etc/machine-id ] && [ ! -s /etc/machine-id ] || echo '/etc/machine-id is not an empty file'; }
+fix_machineid() { : >/etc/machine-id; }
+
+for name in systemd server; do need $name; done
+for name in agent ssh user key; do step $name; done
+if [ "$sudo" = yes ]; then step sudo; else hint sudo; fi
+for name in console network cloud newkeys dbus; do step $name; done
+hint secrets
+for name in histories packages leases logs seed; do tidy $name; done
+if [ "$mode" = apply ]; then
+  if fstrim -a 2>/dev/null || fstrim / 2>/dev/null; then say trim 'done'; else say trim warn 'it cannot be trimmed'; fi
+fi
+for name in hostkeys machineid; do step $name; done
+sync
+echo end
+"""
+
+
+class Step(NamedTuple):
+    """One step of SEAL; `status` is ok, would, done, bad or warn."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def public_key(identity_file: str | None) -> str:
+    """The person's public key, as `type base64 comment`. Raises KodeError if there is none."""
+    kinds = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
+    places = [identity_file.removesuffix(".pub") + ".pub"] if identity_file else \
+        [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in kinds]
+    for place in places:
+        with contextlib.suppress(OSError):
+            first = (read_text(place) or "").partition("\n")[0]
+            if re.fullmatch(r"(?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: [ -~]*)?", first):
+                return first
+    raise KodeError(f"there is no public key of yours at {' or '.join(places[:1] if identity_file else places[:3])}",
+                    "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH")
+
+
+def user_name(name: str | None) -> str:
+    """The user in the guest: `name`, or else the login name, as ssh takes it. Raises UsageError."""
+    import pwd
+
+    name = name or pwd.getpwuid(os.geteuid()).pw_name
+    if not SETTINGS["ssh_user"][1](name):
+        raise UsageError(f"{printable(name)!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
+    return name
+
+
+class Sealer:
+    """Makes a machine fit for an image, from inside, through its guest agent; what was cut off, the next run ends."""
+
+    def __init__(self, manager: Manager, vm: VM, user: str, key: str) -> None:
+        self._manager, self._notes, self.vm = manager, manager.utm.notes, vm
+        self.user, self._key = user, key
+
+    def wake(self, limit: float) -> None:
+        """Starts the machine if it is off, and waits for its guest agent, each within `limit` seconds."""
+        manager, vm = self._manager, self.vm
+        if vm.power is not Power.STARTED:
+            record = manager.record_of(vm.uuid)
+            self._notes.step(f"starting {vm.name}")
+            vm.power_on(limit, hide=manager.settings.headless,
+                        before_cold=lambda: manager.before_cold_start(vm, record, Wishes()))
+        self._notes.step(f"waiting for the guest agent of {vm.name}")
+        vm.await_agent(limit)
+
+    def ask(self, mode: str, *, sudo: bool = False) -> list[Step]:
+        """What SEAL says in that mode. Raises KodeError if it did not come to its end."""
+        words = ["/bin/sh", "-c", SEAL, "kodemachine", mode, self.user, self._key, "yes" * sudo]
+        _, out, err = self.vm.run(words, limit=SEAL_LIMIT)
+        text = out.decode("utf-8", "replace")
+        steps = [Step(*found) for found in re.findall(r"^step (\S+) (\S+) ?(.*)$", text, re.MULTILINE)]
+        if not text.endswith("end\n"):
+            where = f" after its step {steps[-1].name}" if steps else ""
+            last = err.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise KodeError(f"sealing {self.vm.name} broke off{where}: {(last or ['without a word'])[0]}",
+                            "Run the same command again: it goes on where this one ended.")
+        return steps
+
+    def must(self, steps: Sequence[Step]) -> Sequence[Step]:
+        """The steps, unless one of them is bad: raises KodeError with its name."""
+        wrong = [f"{step.name} ({step.detail})" for step in steps if step.status == "bad"]
+        if wrong:
+            raise KodeError(f"{self.vm.name} cannot be sealed: {', '.join(wrong)}",
+                            "Mend that in the machine, then run the same command again.")
+        return steps
+
+    def apply(self, *, sudo: bool = False) -> Sequence[Step]:
+        """Does every step, proves them, and powers the machine off."""
+        self._manager.forget_guest(self.vm)     # before its keys go: there is nothing of it to trust any more
+        self._notes.step(f"sealing {self.vm.name}")
+        steps = self.must(self.ask("apply", sudo=sudo))
+        self.must(self.ask("prove"))
+        self.power_off()
+        return steps
+
+    def power_off(self) -> None:
+        """Asks the guest to power off, and waits until it is."""
+        self._notes.step(f"stopping {self.vm.name}")
+        self.vm.ask_to_stop(self._manager.settings.stop_timeout)
 
 
 # ---- the serial console
@@ -2534,12 +2904,21 @@ class Out(Notes):
         except OSError:
             return None
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is a person at a terminal."""
+        return bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+
+    def must_be_able_to_ask(self, what: str) -> None:
+        """Raises UsageError if there is no terminal to confirm `what` on."""
+        if not self.can_ask:
+            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
+                             "Add -y to go ahead without a question.")
+
     def confirm(self, question: str, what: str) -> bool:
         """Asks on the terminal. Raises UsageError if there is none: nothing is done unasked."""
         self.end_step()
-        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
-                             "Add -y to go ahead without a question.")
+        self.must_be_able_to_ask(what)
         self._err(f"{printable(question)} [y/N] ", "")
         answer = ""
         try:
@@ -3267,6 +3646,96 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
         ctx.out.note("Less than promised: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
 
 
+def version(text: str) -> str:
+    """The name of the image of that version. For argparse."""
+    if not IMAGE.fullmatch("kodeimage-" + text):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no version, such as v0.2.0")
+    return "kodeimage-" + text
+
+
+@command("base list", JSON)
+def cmd_base_list(ctx: Context, opts: Arguments) -> int:
+    """the images, which one new machines come from, and how many were cloned from each"""
+    manager = ctx.manager
+    rows = manager.utm.rows(tolerant=True)
+    records = manager.state.records()
+    origins = [(records.get(row.uuid, {}).get("image") or {}).get("uuid") for row in manager.clones(rows)]
+    machines = manager.survey(manager.images(rows), ip=False)
+    configured = manager.configured(rows)
+    facts = [{"name": machine.name, "uuid": machine.uuid, "status": machine.status, "size": machine.size,
+              "configured": machine.name == configured, "clones": origins.count(machine.uuid)} for machine in machines]
+    if opts.as_json:
+        ctx.out.json(facts)
+        return 0
+    if configured and configured not in (machine.name for machine in machines):
+        ctx.out.warn(f"base_image is {configured}, and there is no such machine")
+    lines = [["*" if fact["configured"] else "", printable(str(fact["name"])).replace("\n", " "), str(fact["status"]),
+              size_text(machine.size), str(fact["clones"])] for fact, machine in zip(facts, machines)]
+    if lines:
+        ctx.out.result(table(("", "IMAGE", "STATUS", "SIZE", "CLONES"), lines, ctx.out.width, ("SIZE", "CLONES")))
+    else:
+        ctx.out.note("no images yet; make one: kodemachine base create v0.1.0")
+    return 0
+
+
+@command("base use", option("image", metavar="NAME", help="the image's name in UTM, or its UUID"))
+def cmd_base_use(ctx: Context, opts: Arguments) -> int:
+    """choose the image that new machines come from"""
+    with ctx.manager.fleet():
+        row = ctx.manager.base(ctx.manager.utm.rows(), opts.image)
+        ctx.config.set("base_image", row.name)
+    ctx.out.note(f"new machines come from {row.name}")
+    return 0
+
+
+def step_table(steps: Sequence[Step]) -> str:
+    """What a seal does or did, a line for each step."""
+    return table(("STEP", "", ""), [[step.name, step.status, step.detail] for step in steps], None)
+
+
+@command("base seal", option("vm", help="its name or UUID in UTM, or its label"),
+         option("--as", dest="image", type=version, metavar="vX.Y.Z", help="then copy it to the image of that version"),
+         option("--check", action="store_true", help="only show what would change"), YES)
+def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
+    """make a machine fit for an image: it forgets who it is, and shuts down"""
+    manager, out = ctx.manager, ctx.out
+    if not (opts.yes or opts.check):
+        out.must_be_able_to_ask("base seal")
+    with manager.sealing(opts.vm) as vm:
+        begun = manager.image_begun(vm, opts.image) if opts.image else None
+        if not begun:
+            user = user_name(manager.settings.ssh_user)
+            sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
+            if not seal(ctx, sealer, opts):
+                return 0
+            begun = manager.copy_to_image(vm, opts.image) if opts.image else None
+    out.note(f"{begun.name} is ready; to have new machines from it: kodemachine base use {begun.name}" if begun else
+             f"{vm.name} is sealed and off. It becomes an image by its name: rename it in UTM to kodeimage-vX.Y.Z")
+    return 0
+
+
+def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
+    """Looks, shows, asks and seals; false with --check, after which nothing has changed."""
+    out, vm, was_off = ctx.out, sealer.vm, sealer.vm.power is Power.STOPPED
+    if opts.check and vm.power is not Power.STARTED:
+        raise WrongState(f"{vm.name} is {vm.power.value}; --check looks into a running machine", "Start it first.")
+    sealer.wake(ctx.manager.settings.boot_timeout)
+    steps = sealer.ask("check")
+    (out.result if opts.check else out.note)(step_table(steps))
+    sealer.must(steps)
+    if opts.check:
+        return False
+    if not opts.yes and not out.confirm(f"Seal {vm.name}, and shut it down?", "base seal"):
+        if was_off:
+            sealer.power_off()
+        raise KodeError("nothing was changed")
+    rootless = any(step.name == "sudo" and step.status == "warn" for step in steps)
+    sudo = rootless and out.can_ask and out.confirm(f"May {sealer.user} become root without a password?", "sudo")
+    done = [step for step in sealer.apply(sudo=sudo) if step.status != "ok"]
+    out.note(step_table(done))
+    return True
+
+
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
          option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"))
 def cmd_config(ctx: Context, opts: Arguments) -> int:
@@ -3289,15 +3758,16 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("help", option("topic", nargs="?", metavar="command", help="the command to explain"))
+@command("help", option("topic", nargs="*", metavar="command", help="the command to explain"))
 def cmd_help(ctx: Context, opts: Arguments) -> int:
     """this help, or that of one command"""
-    names = {name for command, entry in COMMANDS.items() for name in (command, *entry.aliases)}
-    if opts.topic and opts.topic not in names:
-        near = near_command(opts.topic)
-        raise UsageError(f"there is no command {printable(opts.topic)}" + (f"; did you mean {near!r}?" if near else ""),
+    topic = " ".join(opts.topic)
+    if topic and topic not in {*GROUPS, *(name for command, entry in COMMANDS.items()
+                                          for name in (command, *entry.aliases))}:
+        near = near_command(topic)
+        raise UsageError(f"there is no command {printable(topic)}" + (f"; did you mean {near!r}?" if near else ""),
                          "See: kodemachine help")
-    build_parser().parse_args([opts.topic, "--help"] if opts.topic else ["--help"])
+    build_parser().parse_args([*opts.topic, "--help"])
     return 0
 
 

@@ -419,7 +419,10 @@ class Guest:
     nothing but the guest.
     """
 
-    FOLDERS = "etc/ssh proc/sys/kernel var/log root/.ssh home run tmp usr/local bin"
+    FOLDERS = (
+        "etc/ssh etc/systemd/system etc/sudoers.d proc/sys/kernel var/log var/lib/dbus root/.ssh home run tmp usr/local"
+        " bin"
+    )
     TOOLS = (
         "awk base64 basename cat chmod cmp cp cut date dd dirname echo env expr false find grep head kill ln"
         " ls mkdir mktemp mv od printf pwd readlink rm rmdir sed seq sh sleep sort ssh-keygen stat tail tee"
@@ -430,11 +433,18 @@ class Guest:
         'else printf "%s\\n" "$1" >"$ROOT/proc/sys/kernel/hostname"; fi',
         "hostnamectl": 'case $1 in set-hostname|hostname) printf "%s\\n" "$2" |\n'
         'tee "$ROOT/proc/sys/kernel/hostname" >"$ROOT/etc/hostname";; esac',
-        "systemctl": "case $1 in is-active) echo active;; is-enabled) echo enabled;;\n"
-        'poweroff) : >"$ROOT/power-off";; esac',
+        "systemctl": "list=$ROOT/etc/systemd/enabled\nfor unit; do :; done\n"
+        "case $1 in is-active) echo active;; is-enabled) grep -qx \"$unit\" $list;;\n"
+        'enable) case $unit in serial-getty@*) ;; *) [ -e "$ROOT/etc/systemd/system/$unit" ] || exit 1;; esac\n'
+        'grep -qx "$unit" $list || echo "$unit" >>$list;;\npoweroff) : >"$ROOT/power-off";; esac',
+        "useradd": 'for user; do :; done\nmkdir -p "$ROOT/home/$user"\n'
+        'echo "$user:*:1000:1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
+        "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
+        "sshd": "",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
-        "id": '[ "$1" = -u ] && echo 0 || echo "uid=0(root) gid=0(root) groups=0(root)"',
+        "id": 'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
+        'END { exit !found }\' "$ROOT/etc/passwd";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
         "chown": "",
         "fstrim": "",
         "sync": "",
@@ -457,6 +467,10 @@ class Guest:
             "etc/hostname": "kodeimage\n",
             "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 kodeimage\n",
             "etc/machine-id": uuid.replace("-", "").lower() + "\n",
+            "etc/passwd": f"root:*:0:0:root:{self.root}/root:/bin/sh\n",
+            "etc/systemd/enabled": "qemu-guest-agent.service\nssh.service\n",
+            "etc/systemd/system/qemu-guest-agent.service": "",
+            "etc/systemd/system/ssh.service": "",
             "etc/ssh/ssh_host_ed25519_key.pub": utm.app["host_key"] + "\n",
             "proc/sys/kernel/hostname": "kodeimage\n",
             **{
@@ -5892,19 +5906,21 @@ class OutTest(FleetCase):
     def test_every_command_has_help_that_mentions_its_options(self) -> None:
         for name, entry in kodemachine.COMMANDS.items():
             for word in (name, *entry.aliases):
-                result = self.km("help", word)
+                result = self.km("help", *word.split())
                 self.assertEqual((result.code, result.err), (0, ""), word)
                 for names, how in entry.options:
                     shown = how.get("metavar") or ",".join(how.get("choices", [])) or names[0]
                     for option in [n for n in names if n.startswith("-")] or [shown]:
                         self.assertIn(option, result.out, word)
                     self.assertTrue(how.get("help"), (name, names))
-            self.assertEqual(self.km(name, "--help").out, self.km("help", name).out)
+            self.assertEqual(self.km(*name.split(), "--help").out, self.km("help", *name.split()).out)
             self.assertRegex(result.out, rf"^usage: kodemachine {name} ")
         top = self.km("help")
         self.assertEqual(top, self.km("--help"))
         shown = set(re.findall(r"(?m)^    ([a-z][a-z-]*)", top.out))
-        self.assertEqual(shown, {name for name, entry in kodemachine.COMMANDS.items() if not entry.hidden})
+        self.assertEqual(shown, {name.partition(" ")[0] for name, entry in kodemachine.COMMANDS.items()
+                                 if not entry.hidden})
+        self.assertIn("seal", self.km("help", "base").out)
         self.assert_says(self.km("help", "bogus"), 2, "bogus")
         self.assert_says(self.km("stop", "-t", "x"), 2, "seconds\n  See: kodemachine help stop\n")
         self.assertEqual(self.utm.calls(), [])
@@ -6041,6 +6057,278 @@ class ArchitectureTest(unittest.TestCase):
         known = getattr(sys, "stdlib_module_names", None)  # from 3.10 on
         imported = {name.partition(".")[0] for name in imported}
         self.assertLessEqual(imported, known or imported)
+
+
+# ---- golden images
+
+
+class BaseTest(FleetCase):
+    """Which images there are, and which one new machines come from."""
+
+    def test_the_list_tells_which_is_configured_and_how_many_clones_came_from_each(self) -> None:
+        self.documents()
+        old, new, other = (self.image(name) for name in ("kodeimage-v0.9.0", "kodeimage-v0.10.0", "Old Debian"))
+        for label, uuid in (("a", old), ("b", old), ("c", other)):
+            self.vm(label)
+            self.remember(**{label: {"image": {"name": "whatever", "uuid": uuid}}})
+        facts = json.loads(self.km("base", "list", "--json").out)
+        self.assertEqual([list(fact) for fact in facts][0],
+                         ["name", "uuid", "status", "size", "configured", "clones"])
+        self.assertEqual({fact["uuid"]: (fact["configured"], fact["clones"], fact["size"] > 65536) for fact in facts},
+                         {old: (False, 2, True), new: (True, 0, True), other: (False, 1, True)})
+        lines = [line.split() for line in self.km("base", "list").out.splitlines()]
+        self.assertEqual([line[:-2] for line in lines[1:]], [["kodeimage-v0.9.0", "stopped"],
+                         ["*", "kodeimage-v0.10.0", "stopped"], ["Old", "Debian", "stopped"]])
+        self.config(base_image="gone")
+        self.assert_says(self.km("base", "list"), 0, "base_image is gone, and there is no such machine")
+
+    def test_without_images_the_list_says_how_to_make_one(self) -> None:
+        self.vm("a")
+        self.assertEqual(self.km("base", "list", "--json").out, "[]\n")
+        self.assert_says(self.km("base", "list"), 0, "kodemachine base create v0.1.0")
+
+    def test_use_sets_the_name_and_keeps_the_other_keys(self) -> None:
+        path = self.config(boot_timeout=7)
+        self.image("kodeimage-v0.1.0")
+        uuid = self.image("Old Debian")
+        for word in ("Old Debian", uuid, uuid.lower()):
+            self.assert_says(self.km("base", "use", word), 0, "new machines come from Old Debian")
+            with open(path, encoding="utf-8") as file:
+                self.assertEqual(json.load(file), {"boot_timeout": 7, "base_image": "Old Debian"})
+
+    def test_use_refuses_what_cannot_be_cloned_and_changes_nothing(self) -> None:
+        path = self.config(base_image="kodeimage-v0.1.0")
+        self.image("kodeimage-v0.1.0")
+        self.image("kodeimage-v0.2.0", status="started")
+        twins = [self.utm.add("twin") for _ in range(2)]
+        self.vm("a")
+        for name, code, words in (("nosuch", 3, ["no image nosuch"]), ("kodeimage-v0.2.0", 4, ["is started"]),
+                                  ("km-a", 4, ["is a clone"]), ("twin", 4, twins)):
+            self.assert_says(self.km("base", "use", name), code, *words)
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
+
+
+class SealTest(FleetCase):
+    """A machine becomes an image."""
+
+    PINNED = {
+        "etc/netplan/50-cloud-init.yaml": "network:\n  ethernets:\n    eth0:\n      match: {macaddress: 'a'}\n",
+        "etc/systemd/network/10-a.network": "[Match]\nPermanentMACAddress=52:54:00:00:00:01\n[Network]\nDHCP=yes\n",
+        "etc/systemd/network/11-b.network": "[Match]\nName=enp0s1\n[Network]\nAddress=10.0.0.1/24\n",
+        "etc/systemd/network/10-c.link": "[Match]\nMACAddress=52:54:00:00:00:01\n[Link]\nName=lan\n",
+        "etc/udev/rules.d/70-persistent-net.rules": 'SUBSYSTEM=="net"\n',
+    }
+    FREE = {
+        "etc/netplan/90-any.yaml": "network:\n  ethernets:\n    any:\n      match:\n        name: 'e*'\n",
+        "etc/systemd/network/80-any.network": "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n",
+    }
+    LITTER = {
+        "root/.bash_history": "secret\n", "home/me/.python_history": "x\n", "var/cache/apt/archives/a.deb": "deb",
+        "var/lib/NetworkManager/a.lease": "x", "var/log/syslog": "x\n", "var/log/syslog.1": "x\n",
+        "var/log/journal/0/system.journal": "x", "var/lib/systemd/random-seed": "x",
+        "etc/ssh/ssh_host_rsa_key": "x",
+    }  # fmt: skip
+    PROFILE = "[connection]\nid=Wired\ninterface-name=enp0s1\n\n[ethernet]\nmac-address=52:54:00:00:00:01\n"
+    REPAIRED = ["user", "key", "console", "network", "cloud", "newkeys", "dbus"]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image()
+        self.config(ssh_user="me")
+        self.put(self.home, {".ssh/id_ed25519.pub": PUBLIC_KEY + " me@mac\n"})
+        self.uuid = self.vm("alpha", "started")
+        self.root = self.utm.guest("km-alpha")
+        self.litter()
+
+    def put(self, folder: str, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    def litter(self) -> None:
+        """The guest is what a person leaves behind who knows nothing of images."""
+        self.put(self.root, {**self.PINNED, **self.FREE, **self.LITTER, "etc/cloud/cloud.cfg": "x",
+                             "var/lib/dbus/machine-id": "0123456789abcdef0123456789abcdef\n", "root/.netrc": "x",
+                             "etc/NetworkManager/system-connections/Wired connection 1.nmconnection": self.PROFILE})
+        with self.utm.fake as utm:
+            Guest(utm, self.uuid).give_away(self.root)
+
+    def read(self, name: str) -> str:
+        with open(os.path.join(self.root, name), encoding="utf-8") as file:
+            return file.read()
+
+    def there(self, *names: str) -> list[str]:
+        return [name for name in names if os.path.exists(os.path.join(self.root, name))]
+
+    def steps(self, text: str) -> dict[str, str]:
+        """The status of each step in a table."""
+        return dict(re.findall(r"(?m)^([a-z]+) +(ok|would|done|bad|warn)\b", text))
+
+    def seal(self, *args: str, code: int = 0) -> Result:
+        result = self.km("base", "seal", *(args or ("alpha", "-y")))
+        self.assertEqual(result.code, code, result.err)
+        return result
+
+    def assert_sealed(self) -> None:
+        self.assertEqual(self.states()["km-alpha"], "stopped")
+        self.assertEqual(self.read("etc/machine-id"), "")
+        self.assertEqual(os.readlink(os.path.join(self.root, "var/lib/dbus/machine-id")), self.root + "/etc/machine-id")
+        self.assertEqual([name for name in os.listdir(self.root + "/etc/ssh") if name.startswith("ssh_host")], [])
+        self.assertEqual(self.there(*(set(self.LITTER) - {"var/log/syslog"}), *self.PINNED), [])
+        self.assertEqual(self.read("var/log/syslog"), "")
+        self.assertEqual(sorted(self.there(*(name + ".before-kodemachine" for name in self.PINNED))),
+                         sorted(name + ".before-kodemachine" for name in self.PINNED))
+        for name, text in self.FREE.items():
+            self.assertEqual(self.read(name), text)
+        self.assertIn('match: {name: "e*"}', self.read("etc/netplan/60-kodemachine.yaml"))
+        self.assertIn("Name=en* eth*\n", self.read("etc/systemd/network/60-kodemachine.network"))
+        self.assertEqual(self.read("etc/NetworkManager/system-connections/Wired connection 1.nmconnection"),
+                         "[connection]\nid=Wired\n\n[ethernet]\n")
+        self.assertEqual(self.read("home/me/.ssh/authorized_keys"), PUBLIC_KEY + " me@mac\n")
+        port = "ttyAMA0" if os.uname().machine in ("aarch64", "arm64") else "ttyS0"
+        self.assertLessEqual({f"serial-getty@{port}.service", "kodemachine-hostkeys.service"},
+                             set(self.read("etc/systemd/enabled").split()))
+        self.assertEqual(self.there("etc/cloud/cloud-init.disabled"), ["etc/cloud/cloud-init.disabled"])
+
+    def test_check_shows_what_would_change_and_changes_nothing(self) -> None:
+        def everything() -> dict[str, tuple[int, int]]:
+            paths = [os.path.join(top, name) for top, _, names in os.walk(self.root) for name in names]
+            return {path: (os.lstat(path).st_ino, os.lstat(path).st_mtime_ns) for path in paths}
+        before = everything()
+        told = self.steps(self.seal("alpha", "--check").out)
+        self.assertEqual({name for name in told if told[name] == "would"},
+                         {*self.REPAIRED, "histories", "packages", "leases", "logs", "seed", "hostkeys", "machineid"})
+        self.assertEqual({name for name in told if told[name] == "warn"}, {"sudo", "secrets"})
+        self.assertEqual(everything(), before)
+        self.assertEqual(self.states()["km-alpha"], "started")
+
+    def test_it_repairs_cleans_and_stops_and_a_second_time_has_nothing_to_repair(self) -> None:
+        self.remember(alpha={"host_keys": [host_key()], "personality": True, "machine_id": "x"})
+        self.write_state("known_hosts", f"km-alpha {host_key()}\n")
+        first = self.seal()
+        self.assert_sealed()
+        self.assertLessEqual(set(self.REPAIRED), {name for name, status in self.steps(first.err).items()
+                                                  if status == "done"})
+        self.assertIn("/root/.netrc would be in every clone", first.err)
+        self.assertEqual(self.record("alpha"), {"name": "km-alpha"})
+        self.assertEqual(self.read_state("known_hosts"), "")
+        second = self.seal()        # it is off, and started for that
+        self.assertIn("starting km-alpha", second.err)
+        done = re.findall(r"(?m)^([a-z]+) +done", second.err)
+        self.assertEqual(done, ["trim"])
+        self.assert_sealed()
+
+    def test_what_was_left_alone_is_what_was_right(self) -> None:
+        key = PUBLIC_KEY + " elsewhere"
+        self.put(self.root, {"home/me/.ssh/authorized_keys": f"# {PUBLIC_KEY[:30]}\nssh-rsa AAAA other\n{key}",
+                             "etc/passwd": f"me:*:1000:1000::{self.root}/home/me:/bin/bash\n",
+                             "etc/sudoers.d/me": "me ALL=(ALL) NOPASSWD: ALL\n"})
+        told = self.steps(self.seal("alpha", "--check").out)
+        self.assertEqual([told[name] for name in ("agent", "ssh", "user", "key", "sudo")], ["ok"] * 5)
+
+    def test_the_new_host_keys_are_made_by_the_unit_before_sshd(self) -> None:
+        self.seal()
+        unit = self.read("etc/systemd/system/kodemachine-hostkeys.service")
+        self.assertRegex(unit, "Before=ssh.service sshd.service\n")
+        line = re.search(r"(?ms)^ExecStart=(.*?[^\\])$", unit)
+        assert line
+        self.utm.change("km-alpha", status="started", up_at=0.0)
+        words = shlex.split(line[1].replace("\\\n", " ").replace("$$", "$").replace(self.root, ""))
+        for _ in range(2):
+            result = self.utmctl("exec", "km-alpha", "--cmd", *words)
+            self.assertEqual((result.code, result.err), (0, ""))
+            public = self.read("etc/ssh/ssh_host_ed25519_key.pub")
+        self.assertEqual(len(parse_host_keys([public])), 1)
+        self.assertEqual(self.read("etc/ssh/ssh_host_ed25519_key.pub"), public)
+
+    def test_without_a_terminal_and_y_nothing_is_changed_or_even_asked(self) -> None:
+        self.assert_says(self.seal("alpha", code=2), 2, "needs a yes", "-y")
+        self.assertEqual(self.utm.verbs(), [])
+
+    def test_a_person_is_asked_twice_and_may_say_no(self) -> None:
+        terminal = self.km_tty("base", "seal", "alpha")
+        terminal.expect(b"Seal km-alpha, and shut it down\\? \\[y/N\\] ")
+        terminal.send(b"n\n")
+        self.assertEqual(terminal.wait(), 1)
+        self.assertEqual(self.there("etc/cloud/cloud-init.disabled"), [])
+        for answer in (b"n\n", b"y\n"):
+            terminal = self.km_tty("base", "seal", "alpha")
+            terminal.expect(b"shut it down\\? \\[y/N\\] ")
+            terminal.send(b"y\n")
+            terminal.expect(b"May me become root without a password\\? \\[y/N\\] ")
+            terminal.send(answer)
+            self.assertEqual(terminal.wait(), 0, terminal.seen)
+            self.assertEqual(bool(self.there("etc/sudoers.d/90-kodemachine")), answer == b"y\n")
+        self.assertEqual(self.read("etc/sudoers.d/90-kodemachine"), "me ALL=(ALL) NOPASSWD: ALL\n")
+
+    def test_as_copies_it_and_the_machine_stays_a_clone(self) -> None:
+        self.assert_says(self.seal("km-alpha", "-y", "--as", "v0.3.0"), 0, "kodeimage-v0.3.0 is ready")
+        self.assertEqual(self.states(), {IMAGE: "stopped", "km-alpha": "stopped", "kodeimage-v0.3.0": "stopped"})
+        image = self.utm.machine("kodeimage-v0.3.0")
+        self.assertEqual(self.records()[image["uuid"]]["image"]["uuid"], self.uuid)
+        self.assertEqual(list(self.listed()), ["km-alpha"])
+        self.seal()
+
+    def test_what_may_not_be_sealed(self) -> None:
+        self.utm.add("alpha")
+        self.utm.add("plain", status="started")
+        other = self.image("kodeimage-custom")
+        self.vm("saved", saved=True)
+        self.remember(saved={"saved": True})
+        for words, code, said in (
+            ("alpha", 4, [self.uuid, self.utm.machine("alpha")["uuid"]]), (IMAGE, 4, ["is an image"]),
+            (other, 4, ["is an image"]), ("nosuch", 3, ["no machine nosuch"]), ("saved", 4, ["saved session"]),
+            ("plain --as 0.3.0", 2, ["no version"]), (f"plain --as {IMAGE[10:]}", 4, [f"a machine {IMAGE} already"]),
+            ("km-saved --check", 4, ["saved"]),
+        ):  # fmt: skip
+            with self.subTest(words):
+                self.assert_says(self.seal(*words.split(), "-y", code=code), code, *said)
+        self.config(ssh_user="me", base_image="plain")
+        self.assert_says(self.seal("plain", "-y", code=4), 4, "plain is an image")
+        self.assertEqual(set(self.utm.verbs()), {"list"})
+
+    def test_a_key_of_ones_own_is_needed(self) -> None:
+        self.config(ssh_user="me", identity_file="~/.ssh/work")
+        self.assert_says(self.seal("alpha", "-y", code=1), 1, "no public key of yours", ".ssh/work.pub")
+        self.put(self.home, {".ssh/work.pub": "ssh-ed25519 AAAAwork\n"})
+        self.seal()
+        self.assertEqual(self.read("home/me/.ssh/authorized_keys"), "ssh-ed25519 AAAAwork\n")
+
+    def test_what_cannot_be_mended_names_its_step_and_leaves_the_rest(self) -> None:
+        self.put(self.root, {"bin/useradd": "#!/bin/sh\necho useradd: no space >&2; exit 1\n"})
+        self.assert_says(self.seal(code=1), 1, "user (there is no user me: useradd: no space)")
+        self.assertEqual((self.there("etc/cloud/cloud-init.disabled"), self.states()["km-alpha"]), ([], "started"))
+
+    def test_cut_off_at_any_step_the_next_run_ends_it(self) -> None:
+        for name in ("fix_key", "fix_network", "fix_newkeys", "fix_logs", "fix_hostkeys", "fix_machineid"):
+            with self.subTest(name):
+                shutil.rmtree(self.root)
+                self.utm.guest("km-alpha")
+                self.litter()
+                self.utm.change("km-alpha", status="started", up_at=0.0)
+                script = kodemachine.SEAL.replace(name + "() {", name + "() { kill -9 $$;")
+                self.assertNotEqual(script, kodemachine.SEAL)
+                result = self.run_program(self.command("base", "seal", "alpha", "-y", patience={"SEAL": script}))
+                self.assert_says(result, 1, "sealing km-alpha broke off after its step")
+                self.seal()
+                self.assert_sealed()
+
+    def test_an_interrupted_copy_is_completed_and_not_made_twice(self) -> None:
+        self.utm.fault("clone", kill_parent="before", delay=0.3)
+        self.km("base", "seal", "alpha", "-y", "--as", "v0.3.0")
+        self.utm.clear_faults()
+        self.assert_says(self.seal("alpha", "-y", "--as", "v0.3.0"), 0, "kodeimage-v0.3.0 is ready")
+        self.assertEqual(len(self.utm.machines()), 3)
+        self.assertEqual(len(self.utm.calls("exec")), 4)        # it was sealed once
+        self.assert_says(self.seal("alpha", "-y", "--as", "v0.3.0", code=4), 4, "already")
+
+    def test_a_guest_without_an_agent_is_not_waited_for_for_ever(self) -> None:
+        self.config(ssh_user="me", boot_timeout=0.5)
+        self.utm.change("km-alpha", agent_after=None)
+        self.assert_says(self.seal(code=6), 6, "agent of km-alpha does not answer", "not running or not installed")
 
 
 # ---- many at once
