@@ -39,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the older ones)
@@ -64,6 +64,7 @@ DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once m
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
+SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
 EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
@@ -136,6 +137,10 @@ class Unreachable(KodeError):
     """UTM cannot be reached, or refuses us."""
 
     status, slug = 5, "utm-unreachable"
+
+
+class NotPermitted(Unreachable):
+    """macOS does not let us control UTM (-1743)."""
 
 
 class TimedOut(KodeError):
@@ -370,6 +375,16 @@ def parse_addresses(out: str) -> list[str]:
         return False
     lines = dict.fromkeys(line.strip() for line in out.splitlines())
     return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
+
+
+def parse_macs(out: str) -> dict[str, list[str]]:
+    """The network addresses that ADDRESSES tells, by UUID; `?` where UTM does not tell one."""
+    found: dict[str, list[str]] = {}
+    for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", out, re.MULTILINE):
+        macs = found.setdefault(uuid, [])
+        if mac != "-":
+            macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+    return found
 
 
 def parse_host_keys(lines: Sequence[str]) -> list[str]:
@@ -673,6 +688,7 @@ class State:
 
     def __init__(self, folder: str, notes: Notes) -> None:
         self.folder, self._notes = folder, notes
+        self.trouble = ""       # what is wrong with the records; said once
 
     def path(self, *parts: str) -> str:
         """A path in the state folder."""
@@ -737,8 +753,16 @@ class State:
             problem = "not what kodemachine wrote"
         except (ValueError, OSError) as failure:
             problem = str(failure)
-        self._notes.warn(f"{self.path('machines.json')} is of no use ({problem}); going on without it")
+        if not self.trouble:
+            self.trouble = f"{self.path('machines.json')} is of no use ({problem})"
+            self._notes.warn(f"{self.trouble}; going on without it")
         return {}
+
+    def intents(self) -> list[str]:
+        """The names of the machines whose cloning was begun and has not been seen to end."""
+        folder = self.path("intents")
+        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [entry[:-5] for entry in entries if entry.endswith(".json")]
 
     def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         with self.lock("records", 30, what="its records"):
@@ -996,6 +1020,30 @@ on run argv
   end tell
 end run
 """
+DEVICES = """\
+-- kodemachine: devices
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set report to "backend other\\n"
+    if backend of vm is qemu then set report to "backend qemu\\n"
+    set config to configuration of vm
+    set screens to displays of config
+    set report to report & "displays " & (count of screens) & "\\n"
+    set wires to serial ports of config
+    repeat with wire in wires
+      if interface of wire is ptty then
+        set report to report & "serial ptty\\n"
+      else if interface of wire is tcp then
+        set report to report & "serial tcp\\n"
+      else
+        set report to report & "serial window\\n"
+      end if
+    end repeat
+    return report
+  end tell
+end run
+"""
 CONFIGURE = """\
 -- kodemachine: configure
 on run argv
@@ -1115,7 +1163,7 @@ class Utmctl:
     def insist(self, reply: Reply) -> Reply:
         """The reply, unless no repetition could help: raises Unreachable."""
         if reply.outcome is Outcome.REFUSED:
-            raise Unreachable("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
+            raise NotPermitted("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
         if reply.outcome is Outcome.NO_APP:
             raise Unreachable("utmctl does not find UTM",
                               "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
@@ -1271,6 +1319,16 @@ def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Call
         reader.join(0.2)
         tick()
     return dict(found)
+
+
+def free_space(path: str) -> int | None:
+    """Free bytes of the volume that `path` is on, None if it cannot be told."""
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
 
 
 # ---- the way to the guest's ssh server
@@ -1477,11 +1535,7 @@ class VM:
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
             reply = self._utm.script(ADDRESSES)
             if reply.outcome is Outcome.DONE:
-                found: dict[str, list[str]] = {}
-                for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
-                    macs = found.setdefault(uuid, [])
-                    if mac != "-":
-                        macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+                found = parse_macs(reply.out)
                 if self.uuid not in found:      # an empty answer, as while UTM starts, proves nothing
                     problem = "UTM's answer lacks it"
                     continue
@@ -1730,9 +1784,7 @@ class Cloner:
 
     def _await_other_calls(self, base: Row) -> None:
         """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
-        folder = self._state.path("intents")
-        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
-        for name in names:
+        for name in self._state.intents():
             intent = Intent(self._state, name)
             if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
                 self._notes.step(f"waiting until UTM has cloned {name}")
@@ -2257,6 +2309,8 @@ class Manager:
 
     def tidy(self) -> None:
         """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
+        if not self.state.records():
+            return
         with self._fleet():
             listed = {row.uuid for row in self.utm.rows()}
             records = self.state.records()
@@ -2270,6 +2324,316 @@ class Manager:
     def is_orphan(self, row: Row) -> bool:
         """Whether a machine was made with --rm, and its kodemachine is no more."""
         return bool(self.record_of(row.uuid).get("rm")) and not self.state.locked(row.name + ".session")
+
+
+# ---- doctor
+
+
+OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
+
+# Versions of UTM, from and to, that are known to be bad (contract: version landmarks, 7, 9.20, 9.23).
+BAD_VERSIONS = (
+    ((0,), (4, 6, 4), ERROR, "is too old; it takes 4.6.5 or newer"),
+    ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its network address is changed"),
+    ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
+)
+UPDATE = "Update UTM: brew upgrade --cask utm, or in the App Store"
+
+
+class Finding(NamedTuple):
+    """What one check has found: the keys of `doctor --json`, in this order. `remedy`: what to do, if anything."""
+
+    check: str
+    level: str
+    message: str
+    remedy: str
+
+
+Words = tuple[str, str, str]        # of a finding: its level, message and remedy
+
+
+class Doctor:
+    """Looks at the host, UTM, the image and the fleet, in the order in which trouble bites, and changes nothing."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager, self._utm, self._state = manager, manager.utm, manager.state
+        self._settings = manager.settings
+        self._rows: list[Row] = []
+        self._silence: KodeError | None = None      # why UTM gave no list, if it was not for want of permission
+        self._image = Row("", Power.UNKNOWN, "")
+        self._macs: dict[str, list[str]] = {}
+        self._running: dict[str, list[str]] = {}    # names of the clones that run, by their likeliest address
+
+    def findings(self) -> Iterator[Finding]:
+        """One check after the other. What raises KodeError could not look, and what needs it is skipped."""
+        blind: dict[str, str] = {}      # what could not look, and the check that is the reason
+        for check, needs, well, look in CHECKS:
+            reason = next((blind[need] for need in needs.split() if need in blind), "")
+            if reason:
+                found = [Finding(check, SKIPPED, f"not checked, since {reason} failed", "")]
+                blind[check] = reason
+            else:
+                try:
+                    found = [Finding(check, *words) for words in look(self)]
+                except KodeError as failure:
+                    found = [Finding(check, ERROR, failure.message, failure.hint)]
+                    blind[check] = check
+            yield from found or [Finding(check, OK, well, "")]
+
+    # -- the host and UTM
+
+    def _python(self) -> Iterable[Words]:
+        yield OK, f"Python {sys.version.split()[0]}, {sys.executable}", ""
+
+    def _user(self) -> Iterable[Words]:
+        if os.uname().sysname == "Darwin" and os.geteuid() == 0:        # contract 9.2
+            yield ERROR, "this is root, whom UTM does not answer (-600)", "Run kodemachine without sudo."
+
+    def _utmctl(self) -> Iterable[Words]:
+        yield OK, self._utm.path(), ""
+
+    def _version(self) -> Iterable[Words]:
+        version = self._bundle_version()
+        if not version:
+            reply = self._utm.call("version", limit=LIMITS["status"])
+            version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
+        number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
+        if not number:
+            return [(WARNING, "UTM does not tell its version: it is older than 4.7.2, or does not answer", UPDATE)]
+        bad = [(level, f"UTM {printable(version)} {trouble}", UPDATE)
+               for first, last, level, trouble in BAD_VERSIONS if first <= number <= last]
+        return bad or [(OK, f"UTM {printable(version)}", "")]
+
+    def _bundle_version(self) -> str:
+        """As the application's Info.plist has it: without an Apple Event, and older ones have no other way."""
+        import plistlib
+
+        contents = os.path.dirname(os.path.dirname(self._utm.path()))
+        try:
+            with open(os.path.join(contents, "Info.plist"), "rb") as file:
+                return str(plistlib.load(file)["CFBundleShortVersionString"])
+        except Exception:       # also expat's own error, whose class plistlib does not name
+            return ""
+
+    def _automation(self) -> Iterable[Words]:
+        try:
+            self._rows = self._utm.rows(tolerant=True)
+        except NotPermitted:
+            raise
+        except KodeError as failure:
+            self._silence = failure
+            yield SKIPPED, "not known, since UTM does not answer", ""
+
+    def _answer(self) -> Iterable[Words]:
+        if self._silence:
+            raise self._silence
+        yield OK, f"it shows {len(self._rows)} machines, {len(self._manager.clones(self._rows))} of them clones", ""
+
+    def _osascript(self) -> Iterable[Words]:
+        for _ in attempts(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
+            reply = self._utm.script(ADDRESSES)
+            self._macs = parse_macs(reply.out)
+            if reply.outcome is Outcome.DONE and (self._macs or not self._rows):
+                return []
+            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
+                break
+        if reply.outcome is Outcome.REFUSED:
+            raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
+                            NOT_ALLOWED)
+        raise KodeError(f"osascript learns nothing from UTM: {printable(reply.sentence) or reply.outcome.value}",
+                        "Look at UTM's window, then run this again.")
+
+    def _session(self) -> Iterable[Words]:
+        if os.environ.get("SSH_CONNECTION"):        # set by sshd(8)
+            yield (WARNING, "this is an ssh session, from which macOS may refuse control of UTM",
+                   "Run kodemachine in a terminal at the screen.")
+
+    # -- the image
+
+    def _base(self) -> Iterable[Words]:
+        self._image = self._manager.base(self._rows, None)
+        yield OK, f"{printable(self._image.name)} is there, and stopped", ""
+
+    def _devices(self) -> Iterable[Words]:
+        name = printable(self._image.name)
+        reply = self._utm.script(DEVICES, self._image.uuid)
+        told = reply.out.split("\n")
+        if reply.outcome is not Outcome.DONE or not told[0].startswith("backend "):
+            yield (WARNING, f"UTM does not tell the devices of {name}: {printable(reply.sentence)}",
+                   "See in its settings that it has no display, and a serial device in mode Pseudo-TTY.")
+            return
+        if "backend qemu" not in told:
+            yield (ERROR, f"{name} is not on the QEMU backend, and so has no guest agent",
+                   "Make the image anew, without 'Use Apple Virtualization'.")
+        if "displays 0" not in told or "serial window" in told:
+            yield (WARNING, f"{name} is not headless: a window opens at each start, and closing it ends the machine",
+                   "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
+        if "serial ptty" not in told and "serial tcp" not in told:
+            yield (WARNING, f"{name} has no serial port, so `kodemachine attach` cannot reach its clones",
+                   "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
+
+    def _ssh_key(self) -> Iterable[Words]:
+        own = self._settings.identity_file
+        if own:
+            if not os.path.exists(own):
+                yield ERROR, f"there is no identity_file {own}", f"ssh-keygen -t ed25519 -f {shlex.quote(own)}"
+            elif os.stat(own).st_mode & 0o077:
+                yield ERROR, f"ssh does not use {own}: others may read it", f"chmod 600 {shlex.quote(own)}"
+            return
+        folder = os.path.expanduser("~/.ssh")
+        if not any(os.path.exists(os.path.join(folder, "id_" + kind)) for kind in
+                   ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk")) and not agent_keys():     # ssh_config(5)
+            yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
+                   "ssh-keygen -t ed25519, then put the .pub file into the image (README: The golden image)")
+
+    # -- the fleet
+
+    def _names(self) -> Iterable[Words]:
+        ours = {row.name.lower() for row in (*self._manager.clones(self._rows), *self._manager.images(self._rows))}
+        for name in sorted(ours):
+            uuids = [row.uuid for row in self._rows if row.name.lower() == name]
+            if len(uuids) > 1:
+                yield (ERROR, f"{len(uuids)} machines are called {printable(name)}: {', '.join(uuids)}",
+                       "Rename or delete one of them in UTM.")
+
+    def _mac_addresses(self) -> Iterable[Words]:
+        """A clone that was never started is given an address of its own at its first start."""
+        records, images = self._state.records(), self._manager.images(self._rows)
+        clones = self._manager.clones(self._rows)
+        holders: dict[str, list[Row]] = {}
+        for row in self._rows:
+            fresh = row.power is Power.STOPPED and row in clones and not records.get(row.uuid, {}).get("mac_checked")
+            for mac in set(self._macs.get(row.uuid, [])) - {"?"} if row not in images and not fresh else ():
+                holders.setdefault(mac, []).append(row)
+        for mac, rows in holders.items():
+            if len(rows) > 1 and any(row in clones for row in rows):
+                both_run = sum(row.power is not Power.STOPPED for row in rows) > 1
+                names = " and ".join(printable(row.name) for row in rows)
+                yield (ERROR if both_run else WARNING, f"{names} have one MAC address, {mac}",
+                       "Stop one; in its settings in UTM: Network > MAC Address > Random.")
+
+    def _shared(self, key: str, words: str) -> Iterable[Words]:
+        """What the records of two clones have in common, and only an image that was not sealed can have given them."""
+        records = self._state.records()
+        holders: dict[str, list[str]] = {}
+        for row in self._manager.clones(self._rows):
+            value = records.get(row.uuid, {}).get(key)
+            for part in value if isinstance(value, list) else [value] * bool(value):
+                holders.setdefault(str(part), []).append(row.name)
+        for names in dict.fromkeys(" and ".join(names) for names in holders.values() if len(names) > 1):
+            yield (WARNING, f"{names} {words}", "Make their image forget them (README: The golden image), then: "
+                   "kodemachine start LABEL --fresh")
+
+    def _addresses(self) -> Iterable[Words]:
+        running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
+        for machine in self._manager.survey(running, disk=False):
+            if machine.ip:
+                self._running.setdefault(machine.ip, []).append(machine.name)
+        for address, names in self._running.items():
+            if len(names) > 1:
+                yield (ERROR, f"{' and '.join(names)} have one address, {address}: they share a machine-id, or a MAC",
+                       "Make one of them anew: kodemachine start LABEL --fresh")
+
+    def _copies(self) -> Iterable[Words]:
+        bases = {row.name for row in self._manager.images(self._rows)}
+        for row in self._rows:
+            base, _, number = row.name.rpartition(" ")
+            if base in bases and number.isdigit() and not self._state.locked("fleet"):
+                yield (WARNING, f"{printable(row.name)} ({row.uuid}) is what a clone leaves that was cut off",
+                       "Run that command again, which completes it, or delete it in UTM if it is none of yours.")
+
+    # -- this computer
+
+    def _space(self) -> Iterable[Words]:
+        free = free_space(self._settings.documents or os.path.expanduser("~"))
+        if free is None or free < SPACE_LOW:
+            yield (ERROR if free is not None and free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
+                   "See what can go: kodemachine purge --dry-run")
+        else:
+            yield OK, f"{size_text(free)} are free", ""
+
+    def _leftovers(self) -> Iterable[Words]:
+        state, listed = self._state, {row.uuid for row in self._rows}
+        vanished = [uuid for uuid in state.records() if uuid not in listed]
+        if state.trouble:
+            yield (ERROR, state.trouble, "Move it away: the machines stay, only what is known of them is lost.")
+        if vanished:
+            yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
+        for name in state.intents():
+            if not Intent(state, name).call_alive() and not state.locked(name):
+                label = self._manager.label_of(name)
+                path = state.path("intents", name + ".json")
+                yield (WARNING, f"the cloning of {printable(name)} was cut off",
+                       f"To complete it: kodemachine {label}" if label else f"rm {shlex.quote(path)}")
+        for folder in (state.folder, state.path("intents")):
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                path = os.path.join(folder, entry)
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.endswith(".new") and time.time() - os.stat(path).st_mtime > 60:
+                        yield WARNING, f"{path} was left half-written", f"rm {shlex.quote(path)}"
+
+    def _network(self) -> Iterable[Words]:
+        """Local Network privacy can only be felt: macOS 15 and newer refuse the way to the guests (Apple's TN3179)."""
+        if not self._running:
+            yield OK, "no machine runs, so the way to one was not tried", ""
+            return
+        prober = Prober(self._settings.ssh_port)
+        prober.aim(list(self._running))
+        deadline = time.monotonic() + GREETING
+        winner = None
+        while not winner and time.monotonic() < deadline:
+            winner = prober.step(0.05)
+        refused = prober.unreachable
+        prober.close()
+        if winner:
+            yield OK, f"a guest's ssh server answers at {winner}", ""
+        elif refused and local_network_rules():
+            yield ERROR, "macOS refuses the way to the guests (no route to host)", LOCAL_NETWORK
+        else:
+            yield (WARNING, f"no ssh server answers at {', '.join(self._running)}",
+                   "Look at the consoles: kodemachine attach LABEL")
+
+
+# Each check: its name, the checks without which it cannot look, what to say if it finds nothing, and what does it.
+CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = (
+    ("python", "", "", Doctor._python),
+    ("user", "", "run without sudo", Doctor._user),
+    ("utmctl", "", "", Doctor._utmctl),
+    ("version", "utmctl", "", Doctor._version),
+    ("automation", "utmctl", "macOS lets this terminal control UTM", Doctor._automation),
+    ("utm", "utmctl automation", "", Doctor._answer),
+    ("osascript", "utm", "macOS lets osascript control UTM", Doctor._osascript),
+    ("session", "", "this is no ssh session", Doctor._session),
+    ("image", "utm", "", Doctor._base),
+    ("devices", "osascript image", "the image is headless, has a serial port, and is on QEMU", Doctor._devices),
+    ("ssh-key", "", "there is a key for ssh", Doctor._ssh_key),
+    ("names", "utm", "no two machines share a name", Doctor._names),
+    ("macs", "utm osascript", "no two machines share a MAC address", Doctor._mac_addresses),
+    ("host-keys", "utm", "no two clones are known to share a host key",
+     lambda doctor: doctor._shared("host_keys", "have one host key, and each can pass for the other")),
+    ("machine-ids", "utm", "no two clones are known to share a machine-id",
+     lambda doctor: doctor._shared("machine_id", "have one machine-id, and may be given one address")),
+    ("addresses", "utm", "no two running clones share an address", Doctor._addresses),
+    ("copies", "utm", "no clone was left half-made", Doctor._copies),
+    ("space", "", "", Doctor._space),
+    ("leftovers", "utm", "nothing is left in the state folder", Doctor._leftovers),
+    ("network", "utm", "", Doctor._network),
+)
+CHECK_WIDTH = max(len(check) for check, *_ in CHECKS)
+
+
+def agent_keys() -> int:
+    """How many keys the ssh agent holds, if there is one. The two messages are SSH_AGENTC_REQUEST_IDENTITIES (11) and
+    SSH_AGENT_IDENTITIES_ANSWER (12), whose payload begins with the number (OpenSSH's PROTOCOL.agent)."""
+    import socket
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(2)
+        agent.connect(os.environ.get("SSH_AUTH_SOCK") or "")
+        agent.sendall(b"\0\0\0\1\x0b")
+        answer = agent.recv(9, socket.MSG_WAITALL)
+        return int.from_bytes(answer[5:], "big") if answer[4:5] == b"\x0c" else 0
+    return 0
 
 
 # ---- the serial console
@@ -2515,6 +2879,14 @@ class Out(Notes):
     def json(self, value: object) -> None:
         """A result for a program."""
         self.result(json.dumps(value, indent=1))
+
+    @staticmethod
+    def fits(text: str) -> bool:
+        """Whether whoever reads stdout can be shown these characters, going by its encoding."""
+        try:
+            return bool(text.encode(sys.stdout.encoding))
+        except (UnicodeEncodeError, LookupError):
+            return False
 
     @property
     def width(self) -> int | None:
@@ -3164,6 +3536,8 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     manager, out = ctx.manager, ctx.out
     rows, left_in_between = purgeable(ctx, opts)
     if not rows:
+        if not opts.dry_run:
+            manager.tidy()
         out.note("nothing to purge")
         return 4 if left_in_between else 0
     machines = manager.survey(rows, ip=False)
@@ -3237,16 +3611,6 @@ def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:
     return f"{label} deleted"
 
 
-def free_space(path: str) -> int | None:
-    """Free bytes of the volume that `path` is on, None if it cannot be told."""
-    while not os.path.exists(path) and path != "/":
-        path = os.path.dirname(path)
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return None
-
-
 def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
     """What the volume gained, with the likely reason when that is less than promised."""
     after = free_space(ctx.manager.documents)
@@ -3256,6 +3620,26 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
     ctx.out.note(f"the volume gained {size_text(gained)}")
     if gained < promised * 0.9 and sys.platform == "darwin":
         ctx.out.note("Less than promised: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
+
+
+@command("doctor", JSON)
+def cmd_doctor(ctx: Context, opts: Arguments) -> int:
+    """check the host, UTM, the image and the machines; each finding with its remedy"""
+    signs = {OK: "ok", WARNING: "!", ERROR: "x", SKIPPED: "-"}
+    if ctx.out.fits("\u2713\u2717"):
+        signs.update({OK: "\u2713", ERROR: "\u2717"})
+    findings = []
+    for finding in Doctor(ctx.manager).findings():
+        findings.append(finding)
+        if not opts.as_json:
+            indent = len(signs[OK]) + 2 + CHECK_WIDTH
+            ctx.out.result(f"{signs[finding.level]:{len(signs[OK])}} {finding.check:{CHECK_WIDTH}} {finding.message}"
+                           + (f"\n{'':{indent}}{finding.remedy}" if finding.remedy else ""))
+    if opts.as_json:
+        ctx.out.json([finding._asdict() for finding in findings])
+    errors, warnings = (sum(finding.level == level for finding in findings) for level in (ERROR, WARNING))
+    ctx.out.note(f"{errors} to mend, {warnings} to look at" if errors or warnings else "all is well")
+    return 1 if errors else 0
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
