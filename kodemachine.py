@@ -828,14 +828,16 @@ class Intent:
         with contextlib.suppress(ValueError, OSError):
             found = json.loads(read_text(self._path) or "null")
             if isinstance(found, dict) and isinstance(found.get("listed"), list) \
+                    and isinstance(found.get("inherits", {}), dict) \
                     and all(isinstance(found.get(key), str) for key in ("base", "base_uuid")) \
                     and isinstance(found.get("time"), (int, float)):
                 return found
         return None
 
-    def declare(self, base: Row, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
+    def declare(self, base: Row, rows: Sequence[Row], inherits: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Writes the intent, and returns it with the locked handle that the call inherits."""
-        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows]}
+        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows],
+                  "inherits": inherits}
         write_file(self._path, json.dumps(intent) + "\n")
         handle = os.open(self._path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1737,8 +1739,8 @@ class Cloner:
         found = intent.load()
         if not found or row.uuid in found["listed"]:
             return False
-        self._state.record(row.uuid, name=row.name, image={"name": found["base"], "uuid": found["base_uuid"]},
-                           created=iso_time(found["time"]), new=True)
+        inherits = {"image": {"name": found["base"], "uuid": found["base_uuid"]}, **found.get("inherits", {})}
+        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True})
         intent.remove()
         return True
 
@@ -1752,8 +1754,11 @@ class Cloner:
         self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
         return self._await(name, intent, found, None, left)
 
-    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
-        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+    def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
+        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
+
+        `inherits`: what to record of the copy, unless it is only that `base` is its image.
+        """
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
@@ -1762,7 +1767,7 @@ class Cloner:
         intent = Intent(self._state, name)
         for repeated in (False, True):
             self._notes.step(f"cloning {printable(base.name)} to {name}" + " once more" * repeated)
-            found, handle = intent.declare(base, rows)
+            found, handle = intent.declare(base, rows, inherits)
             try:
                 call = self._utm.begin("clone", base.uuid, "--name", name, limit=self._limit, keep=[handle])
             except Unreachable:
@@ -1877,6 +1882,10 @@ class Cloner:
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
 # mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
+#
+# If $2 is `renew`, it is a fork, which has the host keys and the machine-id of the machine it was cloned from. They
+# are replaced, each as a whole. DHCP clients send what was made of the machine-id at boot (contract 3), and ask for
+# the address of their last lease: so that is dropped, and the caller starts the guest anew.
 PERSONALITY = r"""
 label=$1
 { printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
@@ -1885,6 +1894,22 @@ if grep -q '^127\.0\.1\.1[[:space:]]' /etc/hosts; then
   hosts=$(sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $label/" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 else
   printf '127.0.1.1 %s\n' "$label" >> /etc/hosts
+fi
+if [ "$2" = renew ]; then
+  renewed=yes
+  for public in /etc/ssh/ssh_host_*_key.pub; do
+    [ -f "$public" ] || continue
+    key=${public%.pub}; kind=${key##*ssh_host_}
+    rm -f "$key.new" "$key.new.pub"
+    { ssh-keygen -q -t "${kind%_key}" -N '' -C "root@$label" -f "$key.new" < /dev/null &&
+      mv "$key.new" "$key" && mv "$key.new.pub" "$public"; } || renewed=no
+  done
+  id=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
+  { [ ${#id} = 32 ] && echo "$id" > /etc/machine-id.new && mv /etc/machine-id.new /etc/machine-id; } || renewed=no
+  if [ -f /var/lib/dbus/machine-id ]; then ln -sf /etc/machine-id /var/lib/dbus/machine-id; fi
+  rm -f /var/lib/dhcp/*.leases /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
+  sync
+  echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
 for key in /etc/ssh/ssh_host_*_key.pub; do
@@ -2026,6 +2051,34 @@ class Manager:
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
             return row
 
+    def fork(self, label: str, new: str) -> None:
+        """Clones a stopped clone under a new label; the copy counts as one of the same image.
+
+        Raises WrongState if that cannot be, or if there is a machine of that name, unless an earlier run of this
+        made it. Callers hold both labels' locks.
+        """
+        vm, name = self.find(label), self.settings.prefix + new
+        record = self.record_of(vm.uuid)
+        if record.get("saved"):
+            raise WrongState(f"{vm.name} has a saved session, which its copy would lack",
+                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
+        if vm.power is not Power.STOPPED:
+            raise WrongState(f"{vm.name} is {vm.power.value}; only a stopped machine can be cloned",
+                             f"First: kodemachine stop {label}")
+        with self._fleet():
+            found = Intent(self.state, name).load()
+            if found and found["base_uuid"] != vm.uuid:
+                raise WrongState(f"an earlier run began to clone {printable(found['base'])} to {name}",
+                                 f"To complete that: kodemachine {new}")
+            row = self._cloner.finish(name)
+            rows = self.utm.rows()
+            if row is None and self.row_of(rows, new):
+                raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
+            row = row or self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
+                                            fork=True)
+            self._cloner.adopt(row)
+            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
+
     def _may_clone(self, label: str, wishes: Wishes) -> None:
         if not wishes.may_clone:
             raise NotFound(f"there is no machine {label}", f"Make it: kodemachine {label}")
@@ -2089,6 +2142,7 @@ class Manager:
         limit = wishes.timeout or self.settings.boot_timeout
         began = time.monotonic()
         record = self.record_of(vm.uuid)
+        renews = record.get("fork") and vm.power is Power.STOPPED and not (wishes.disposable or record.get("saved"))
         if vm.power is not Power.STARTED:
             resumes = vm.power is Power.PAUSED or record.get("saved")
             self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
@@ -2100,6 +2154,8 @@ class Manager:
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
+        if renews:
+            return self._renew(vm, label, wishes) or address
         if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
             self._give_personality(vm, label)
         return address
@@ -2115,14 +2171,38 @@ class Manager:
         self.state.record(vm.uuid, disposable=wishes.disposable or None,
                           host_keys=None if lost_keys else record.get("host_keys"))
 
-    def read_guest(self, vm: VM, label: str, *, needed: bool = False) -> tuple[list[str], str] | None:
+    def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
+        """Gives a fork host keys and a machine-id of its own, and starts it anew, since only then they count.
+
+        Returns its address then, or None if its guest agent did not do it; the next cold start tries again.
+        """
+        self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
+        told = self.read_guest(vm, label, renew=True)
+        if told is None:
+            return None
+        self._notes.step(f"restarting {vm.name}")
+        try:
+            vm.ask_to_stop(self.settings.stop_timeout)
+        except TimedOut:
+            vm.force_off()          # what was written has been synced
+        self.state.record(vm.uuid, host_keys=told[0] or None, machine_id=printable(told[1]) or None, personality=True,
+                          fork=None, learning=None)
+        limit = wishes.timeout or self.settings.boot_timeout
+        vm.power_on(limit, hide=self.settings.headless and not wishes.gui)
+        self._notes.step(f"waiting for ssh on {vm.name}")
+        return vm.greet(self.settings.ssh_port, limit)
+
+    def read_guest(self, vm: VM, label: str, *, needed: bool = False, renew: bool = False) -> \
+            tuple[list[str], str] | None:
         """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
-        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", label)
+        words = [label, *["renew"] * renew]
+        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", *words)
         if needed:
             self.utm.insist(reply)
         pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
         told = dict(pairs)
-        if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
+        wanted = {"hostname": label, "end": label, **({"renewed": "yes"} if renew else {})}
+        if reply.outcome is not Outcome.DONE or any(told.get(key) != value for key, value in wanted.items()):
             self._notes.warn(
                 f"the guest agent did not name {vm.name} ({reply.outcome.value}"
                 + (f": {printable(reply.sentence)}" if reply.sentence else "")
@@ -2535,7 +2615,7 @@ class Doctor:
                        "Make one of them anew: kodemachine start LABEL --fresh")
 
     def _copies(self) -> Iterable[Words]:
-        bases = {row.name for row in self._manager.images(self._rows)}
+        bases = {row.name for row in (*self._manager.images(self._rows), *self._manager.clones(self._rows))}
         for row in self._rows:
             base, _, number = row.name.rpartition(" ")
             if base in bases and number.isdigit() and not self._state.locked("fleet"):
@@ -3244,6 +3324,19 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     code, out, err = vm.run(opts.rest, 0 if opts.input else None)
     ctx.out.raw(out, err)
     return code
+
+
+@command("clone", LABEL_ARG, option("new", help="the label of the copy"))
+def cmd_clone(ctx: Context, opts: Arguments) -> int:
+    """copy a stopped machine as it is, to one of another label"""
+    label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
+    if label == new:
+        raise UsageError(f"{label} cannot be a copy of itself", f"Such as: kodemachine clone {label} {label}-2")
+    first, second = sorted((label, new))        # whoever else takes both takes them in this order
+    with ctx.manager.holding(first), ctx.manager.holding(second):
+        ctx.manager.fork(label, new)
+    ctx.out.note(f"{new} is a copy of {label}; start it: kodemachine {new}")
+    return 0
 
 
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),

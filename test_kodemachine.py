@@ -392,6 +392,7 @@ class FakeUTM:
             import shutil
 
             shutil.copytree(guest, self.path("guests", copy["uuid"]), symlinks=True)
+            Guest(self, copy["uuid"]).give_away(self.path("guests", copy["uuid"]))
 
     def move_bundle(self, vm: Machine, bundle: str) -> None:
         old = dict(vm)
@@ -2924,6 +2925,113 @@ class SpawnTest(SpawnCase):
         with open(os.path.join(self.bin, "ssh"), "w", encoding="utf-8") as file:
             file.write("#!/bin/sh\nkill -PIPE $$\necho survived\n")
         self.assertEqual(self.spawn("alpha", code=-signal.SIGPIPE).out, "")
+
+
+class ForkTest(SpawnCase):
+    """`clone`: a copy of a clone, which is a machine of its own."""
+
+    GREETERS = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.utm.change(self.base, macs=["02:00:00:00:00:01"])
+
+    def parent(self) -> str:
+        """alpha, stopped, and with an identity of its own on its disk; returns its UUID."""
+        self.spawn()
+        self.spawn("stop", "alpha")
+        return str(self.utm.machine("km-alpha")["uuid"])
+
+    def record(self, name: str) -> dict[str, Any]:
+        path = os.path.join(self.home, ".local", "state", "kodemachine", "machines.json")
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file)[self.utm.machine(name)["uuid"]])
+
+    def identity(self, name: str) -> list[str]:
+        """The machine-id and the host key inside of it."""
+        paths = [os.path.join(self.utm.guest(name), "etc", *parts)
+                 for parts in (("machine-id",), ("ssh", "ssh_host_ed25519_key.pub"))]  # fmt: skip
+        return [open(path, encoding="utf-8").read().strip() for path in paths]  # noqa: SIM115
+
+    def requests(self, name: str) -> list[str]:
+        uuid = self.utm.machine(name)["uuid"]
+        return [call["verb"] for call in self.utm.calls() if call["argv"][1:] and uuid in call["argv"]
+                and call["verb"] in ("start", "stop", "exec")]  # fmt: skip
+
+    def test_a_fork_is_a_machine_of_its_own(self) -> None:
+        parent = self.parent()
+        before = self.utm.machine(parent)
+        result = self.spawn("clone", "alpha", "beta")
+        self.assertTrue(result.err.endswith("\nbeta is a copy of alpha; start it: kodemachine beta\n"), result)
+        self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+        self.assertEqual(self.utm.machine(parent), before)
+        fresh = self.record("km-beta")
+        self.assertEqual(set(fresh), {"name", "image", "created", "new", "fork"})
+        self.assertEqual(fresh["image"], {"name": "kodeimage-v0.2.0", "uuid": self.base})
+        self.assertEqual(self.identity("km-beta"), self.identity("km-alpha"))
+        self.spawn("start", "-d", "alpha", "beta")
+        mine, theirs = self.identity("km-beta"), self.identity("km-alpha")
+        self.assertRegex(mine[0], r"\A[0-9a-f]{32}\Z")
+        self.assertRegex(mine[1], r"\Assh-ed25519 \S+ root@beta\Z")
+        self.assertEqual([a == b for a, b in zip(mine, theirs)], [False, False])
+        record = self.record("km-beta")
+        self.assertEqual((record["machine_id"], record["host_keys"]), (mine[0], [mine[1].rpartition(" ")[0]]))
+        self.assertEqual({"new", "fork"} & set(record), set())
+        self.assertEqual(len({mac for vm in self.utm.machines() for mac in vm["macs"]}), 3)
+        self.assertEqual(self.requests("km-beta"), ["start", "exec", "stop", "start"])
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta")
+        self.assertEqual((self.identity("km-beta"), self.requests("km-beta")[4:]), (mine, ["stop", "start"]))
+
+    def test_what_cannot_be_cloned_is_refused_and_nothing_is_made(self) -> None:
+        self.parent()
+        self.utm.add("km-run", status="started")
+        self.utm.add("km-paused", status="paused")
+        before = self.utm.names()
+        for words, code, said in (
+            ("alpha alpha", 2, "a copy of itself"), ("alpha list", 2, "a word of kodemachine's own"),
+            ("alpha Beta", 2, "cannot be a label"), ("gone beta", 3, "there is no machine gone"),
+            ("alpha run", 4, "km-run exists already"), ("run beta", 4, "kodemachine stop run"),
+            ("paused beta", 4, "is paused"),
+        ):  # fmt: skip
+            self.assertIn(said, self.spawn("clone", *words.split(), code=code).err)
+        self.spawn("start", "-d", "alpha")
+        self.spawn("suspend", "--save", "alpha")
+        self.utm.restart()
+        self.assertIn("kodemachine resume alpha", self.spawn("clone", "alpha", "beta", code=4).err)
+        self.assertEqual((self.utm.names(), self.utm.calls("clone")[1:]), (before, []))
+
+    def test_one_that_was_cut_off_is_completed_by_either_command(self) -> None:
+        parent = self.parent()
+        self.utm.add("km-gamma")
+        for again in (("clone", "alpha", "beta"), ("start", "-d", "beta")):
+            self.utm.fault("clone", kill_parent="after", partial="no-rename", times=1)
+            self.assertEqual(self.km("clone", "alpha", "beta").code, -signal.SIGKILL)
+            self.utm.clear_faults()
+            self.assertIn("an earlier run began to clone km-alpha to km-beta",
+                          self.spawn("clone", "gamma", "beta", code=4).err)  # fmt: skip
+            self.spawn(*again)
+            self.assert_machines("km-alpha", "km-beta", "km-gamma")
+            self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+            self.assertEqual(self.record("km-beta")["image"]["uuid"], self.base)
+            self.spawn("delete", "-f", "beta")
+
+    def test_a_fork_that_could_not_be_renewed_is_renewed_by_the_next_cold_start(self) -> None:
+        self.parent()
+        self.spawn("clone", "alpha", "beta")
+        old = self.identity("km-beta")
+        self.utm.fault("exec", silent=True, times=1)
+        self.assertIn("did not name km-beta", self.spawn("start", "-d", "beta").err)
+        self.spawn("start", "-d", "beta")           # it is not restarted under the hands of whoever uses it
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta", "--disposable")
+        self.assertEqual((self.identity("km-beta"), self.record("km-beta")["fork"]), (old, True))
+        self.spawn("stop", "beta")
+        self.utm.change("km-beta", ignores_power_key=True)
+        self.use(stop_timeout=0.3)
+        self.spawn("start", "-d", "beta")
+        self.assertNotIn(self.identity("km-beta")[0], old)
+        self.assertNotIn("fork", self.record("km-beta"))
 
 
 class CandidatesTest(SpawnCase):
@@ -6392,7 +6500,8 @@ class MistakesTest(Case):
 class Scene(NamedTuple):
     """A command, the machines that it finds, and what it is for.
 
-    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk.
+    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk; `fork`:
+    stopped, and made by `clone`.
     `goal`: the states that were asked for, "" for none. `may`: what UTM may be asked for to get there.
     """
 
@@ -6412,6 +6521,8 @@ SCENES = {
     "spawn-paused": Scene("alpha -- true", {"alpha": "paused"}, {"alpha": "started"}, "start"),
     "spawn-running": Scene("alpha -- true", {"alpha": "started+"}, {"alpha": "started"}),
     "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
+    "spawn-fork": Scene("alpha -- true", {"alpha": "fork"}, {"alpha": "started"}, "configure start stop", every=3),
+    "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone", again=(0, 4)),
     "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
     "start-two": Scene("start -d alpha beta", {}, {"alpha": "started", "beta": "started"}, SPAWN,
                        r"(?m)\A(alpha|beta) 127\S+\n(alpha|beta) 127\S+\Z", every=4),
@@ -6589,9 +6700,10 @@ class World(SpawnCase):
         self.utm.add("km-other", status="started", ips=["10.0.0.8"])
         records: dict[str, dict[str, Any]] = {}
         for label, word in self.scene.fleet.items():
-            status = word.replace("saved", "stopped").rstrip("+")
+            status = re.sub("saved|fork", "stopped", word).rstrip("+")
             uuid = self.utm.add("km-" + label, status=status, serials=serials, saved=word == "saved")
-            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None}
+            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None,
+                             "fork": True if word == "fork" else None}  # fmt: skip
             if word.endswith("+"):
                 records[uuid].update(personality=True, mac_checked=True, host_keys=[host_key()])
         self.state = os.path.join(self.home, ".local", "state", "kodemachine")
@@ -6706,7 +6818,8 @@ class World(SpawnCase):
         new = {vm["uuid"]: vm["name"] for vm in now if vm["uuid"] not in self.before}
         self.assertEqual(sorted(set(new.values())), sorted(new.values()), "more than one clone of a label")
         self.assertLessEqual(len(new), len(self.targets) if "clone" in self.scene.may else 0)
-        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == "kodeimage-v0.2.0"]
+        base = "km-alpha" if self.name == "clone" else "kodeimage-v0.2.0"
+        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == base]
         theirs = {uuid for uuid, vm in self.before.items() if vm["name"] not in self.targets}
         for call in self.utm.calls() + self.utm.calls(tool="osascript"):
             if call["verb"] not in (*LOOKS, "addresses", "devices", "exec"):
