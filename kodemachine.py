@@ -39,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the older ones)
@@ -65,6 +65,7 @@ ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang 
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
 SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
+SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
 EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
@@ -137,6 +138,10 @@ class Unreachable(KodeError):
     """UTM cannot be reached, or refuses us."""
 
     status, slug = 5, "utm-unreachable"
+
+
+class NotPermitted(Unreachable):
+    """macOS does not let us control UTM (-1743)."""
 
 
 class TimedOut(KodeError):
@@ -371,6 +376,16 @@ def parse_addresses(out: str) -> list[str]:
         return False
     lines = dict.fromkeys(line.strip() for line in out.splitlines())
     return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
+
+
+def parse_macs(out: str) -> dict[str, list[str]]:
+    """The network addresses that ADDRESSES tells, by UUID; `?` where UTM does not tell one."""
+    found: dict[str, list[str]] = {}
+    for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", out, re.MULTILINE):
+        macs = found.setdefault(uuid, [])
+        if mac != "-":
+            macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+    return found
 
 
 def parse_host_keys(lines: Sequence[str]) -> list[str]:
@@ -675,6 +690,7 @@ class State:
 
     def __init__(self, folder: str, notes: Notes) -> None:
         self.folder, self._notes = folder, notes
+        self.trouble = ""       # what is wrong with the records; said once
 
     def path(self, *parts: str) -> str:
         """A path in the state folder."""
@@ -739,8 +755,16 @@ class State:
             problem = "not what kodemachine wrote"
         except (ValueError, OSError) as failure:
             problem = str(failure)
-        self._notes.warn(f"{self.path('machines.json')} is of no use ({problem}); going on without it")
+        if not self.trouble:
+            self.trouble = f"{self.path('machines.json')} is of no use ({problem})"
+            self._notes.warn(f"{self.trouble}; going on without it")
         return {}
+
+    def intents(self) -> list[str]:
+        """The names of the machines whose cloning was begun and has not been seen to end."""
+        folder = self.path("intents")
+        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [entry[:-5] for entry in entries if entry.endswith(".json")]
 
     def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         with self.lock("records", 30, what="its records"):
@@ -806,14 +830,16 @@ class Intent:
         with contextlib.suppress(ValueError, OSError):
             found = json.loads(read_text(self._path) or "null")
             if isinstance(found, dict) and isinstance(found.get("listed"), list) \
+                    and isinstance(found.get("inherits", {}), dict) \
                     and all(isinstance(found.get(key), str) for key in ("base", "base_uuid")) \
                     and isinstance(found.get("time"), (int, float)):
                 return found
         return None
 
-    def declare(self, base: Row, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
+    def declare(self, base: Row, rows: Sequence[Row], inherits: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Writes the intent, and returns it with the locked handle that the call inherits."""
-        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows]}
+        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows],
+                  "inherits": inherits}
         write_file(self._path, json.dumps(intent) + "\n")
         handle = os.open(self._path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -998,6 +1024,30 @@ on run argv
   end tell
 end run
 """
+DEVICES = """\
+-- kodemachine: devices
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set report to "backend other\\n"
+    if backend of vm is qemu then set report to "backend qemu\\n"
+    set config to configuration of vm
+    set screens to displays of config
+    set report to report & "displays " & (count of screens) & "\\n"
+    set wires to serial ports of config
+    repeat with wire in wires
+      if interface of wire is ptty then
+        set report to report & "serial ptty\\n"
+      else if interface of wire is tcp then
+        set report to report & "serial tcp\\n"
+      else
+        set report to report & "serial window\\n"
+      end if
+    end repeat
+    return report
+  end tell
+end run
+"""
 CONFIGURE = """\
 -- kodemachine: configure
 on run argv
@@ -1117,7 +1167,7 @@ class Utmctl:
     def insist(self, reply: Reply) -> Reply:
         """The reply, unless no repetition could help: raises Unreachable."""
         if reply.outcome is Outcome.REFUSED:
-            raise Unreachable("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
+            raise NotPermitted("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
         if reply.outcome is Outcome.NO_APP:
             raise Unreachable("utmctl does not find UTM",
                               "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
@@ -1273,6 +1323,16 @@ def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Call
         reader.join(0.2)
         tick()
     return dict(found)
+
+
+def free_space(path: str) -> int | None:
+    """Free bytes of the volume that `path` is on, None if it cannot be told."""
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
 
 
 # ---- the way to the guest's ssh server
@@ -1478,11 +1538,7 @@ class VM:
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
             reply = self._utm.script(ADDRESSES)
             if reply.outcome is Outcome.DONE:
-                found: dict[str, list[str]] = {}
-                for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
-                    macs = found.setdefault(uuid, [])
-                    if mac != "-":
-                        macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+                found = parse_macs(reply.out)
                 if self.uuid not in found:      # an empty answer, as while UTM starts, proves nothing
                     problem = "UTM's answer lacks it"
                     continue
@@ -1707,8 +1763,8 @@ class Cloner:
         found = intent.load()
         if not found or row.uuid in found["listed"]:
             return False
-        self._state.record(row.uuid, name=row.name, image={"name": found["base"], "uuid": found["base_uuid"]},
-                           created=iso_time(found["time"]), new=True)
+        inherits = {"image": {"name": found["base"], "uuid": found["base_uuid"]}, **found.get("inherits", {})}
+        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True})
         intent.remove()
         return True
 
@@ -1730,14 +1786,17 @@ class Cloner:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
                              "UTM's folders do not tell upper from lower case. Rename it in UTM.")
 
-    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
-        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+    def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
+        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
+
+        `inherits`: what to record of the copy, unless it is only that `base` is its image.
+        """
         self.must_be_free(name, rows)
         self._await_other_calls(base)
         intent = Intent(self._state, name)
         for repeated in (False, True):
             self._notes.step(f"cloning {printable(base.name)} to {name}" + " once more" * repeated)
-            found, handle = intent.declare(base, rows)
+            found, handle = intent.declare(base, rows, inherits)
             try:
                 call = self._utm.begin("clone", base.uuid, "--name", name, limit=self._limit, keep=[handle])
             except Unreachable:
@@ -1759,9 +1818,7 @@ class Cloner:
 
     def _await_other_calls(self, base: Row) -> None:
         """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
-        folder = self._state.path("intents")
-        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
-        for name in names:
+        for name in self._state.intents():
             intent = Intent(self._state, name)
             if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
                 self._notes.step(f"waiting until UTM has cloned {name}")
@@ -1854,6 +1911,10 @@ class Cloner:
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
 # mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
+#
+# If $2 is `renew`, it is a fork, which has the host keys and the machine-id of the machine it was cloned from. They
+# are replaced, each as a whole. DHCP clients send what was made of the machine-id at boot (contract 3), and ask for
+# the address of their last lease: so that is dropped, and the caller starts the guest anew.
 PERSONALITY = r"""
 label=$1
 { printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
@@ -1862,6 +1923,22 @@ if grep -q '^127\.0\.1\.1[[:space:]]' /etc/hosts; then
   hosts=$(sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $label/" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 else
   printf '127.0.1.1 %s\n' "$label" >> /etc/hosts
+fi
+if [ "$2" = renew ]; then
+  renewed=yes
+  for public in /etc/ssh/ssh_host_*_key.pub; do
+    [ -f "$public" ] || continue
+    key=${public%.pub}; kind=${key##*ssh_host_}
+    rm -f "$key.new" "$key.new.pub"
+    { ssh-keygen -q -t "${kind%_key}" -N '' -C "root@$label" -f "$key.new" < /dev/null &&
+      mv "$key.new" "$key" && mv "$key.new.pub" "$public"; } || renewed=no
+  done
+  id=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
+  { [ ${#id} = 32 ] && echo "$id" > /etc/machine-id.new && mv /etc/machine-id.new /etc/machine-id; } || renewed=no
+  if [ -f /var/lib/dbus/machine-id ]; then ln -sf /etc/machine-id /var/lib/dbus/machine-id; fi
+  rm -f /var/lib/dhcp/*.leases /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
+  sync
+  echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
 for key in /etc/ssh/ssh_host_*_key.pub; do
@@ -2005,6 +2082,34 @@ class Manager:
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
             return row
 
+    def fork(self, label: str, new: str) -> None:
+        """Clones a stopped clone under a new label; the copy counts as one of the same image.
+
+        Raises WrongState if that cannot be, or if there is a machine of that name, unless an earlier run of this
+        made it. Callers hold both labels' locks.
+        """
+        vm, name = self.find(label), self.settings.prefix + new
+        record = self.record_of(vm.uuid)
+        if record.get("saved"):
+            raise WrongState(f"{vm.name} has a saved session, which its copy would lack",
+                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
+        if vm.power is not Power.STOPPED:
+            raise WrongState(f"{vm.name} is {vm.power.value}; only a stopped machine can be cloned",
+                             f"First: kodemachine stop {label}")
+        with self.fleet():
+            found = Intent(self.state, name).load()
+            if found and found["base_uuid"] != vm.uuid:
+                raise WrongState(f"an earlier run began to clone {printable(found['base'])} to {name}",
+                                 f"To complete that: kodemachine {new}")
+            row = self._cloner.finish(name)
+            rows = self.utm.rows()
+            if row is None and self.row_of(rows, new):
+                raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
+            row = row or self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
+                                            fork=True)
+            self._cloner.adopt(row)
+            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
+
     def _may_clone(self, label: str, wishes: Wishes) -> None:
         if not wishes.may_clone:
             raise NotFound(f"there is no machine {label}", f"Make it: kodemachine {label}")
@@ -2071,6 +2176,7 @@ class Manager:
         limit = wishes.timeout or self.settings.boot_timeout
         began = time.monotonic()
         record = self.record_of(vm.uuid)
+        renews = record.get("fork") and vm.power is Power.STOPPED and not (wishes.disposable or record.get("saved"))
         if vm.power is not Power.STARTED:
             resumes = vm.power is Power.PAUSED or record.get("saved")
             self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
@@ -2082,6 +2188,8 @@ class Manager:
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
+        if renews:
+            return self._renew(vm, label, wishes) or address
         if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
             self._give_personality(vm, label)
         return address
@@ -2098,14 +2206,38 @@ class Manager:
         self.state.record(vm.uuid, disposable=wishes.disposable or None,
                           host_keys=None if lost_keys else record.get("host_keys"))
 
-    def read_guest(self, vm: VM, label: str, *, needed: bool = False) -> tuple[list[str], str] | None:
+    def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
+        """Gives a fork host keys and a machine-id of its own, and starts it anew, since only then they count.
+
+        Returns its address then, or None if its guest agent did not do it; the next cold start tries again.
+        """
+        self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
+        told = self.read_guest(vm, label, renew=True)
+        if told is None:
+            return None
+        self._notes.step(f"restarting {vm.name}")
+        try:
+            vm.ask_to_stop(self.settings.stop_timeout)
+        except TimedOut:
+            vm.force_off()          # what was written has been synced
+        self.state.record(vm.uuid, host_keys=told[0] or None, machine_id=printable(told[1]) or None, personality=True,
+                          fork=None, learning=None)
+        limit = wishes.timeout or self.settings.boot_timeout
+        vm.power_on(limit, hide=self.settings.headless and not wishes.gui)
+        self._notes.step(f"waiting for ssh on {vm.name}")
+        return vm.greet(self.settings.ssh_port, limit)
+
+    def read_guest(self, vm: VM, label: str, *, needed: bool = False, renew: bool = False) -> \
+            tuple[list[str], str] | None:
         """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
-        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", label)
+        words = [label, *["renew"] * renew]
+        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", *words)
         if needed:
             self.utm.insist(reply)
         pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
         told = dict(pairs)
-        if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
+        wanted = {"hostname": label, "end": label, **({"renewed": "yes"} if renew else {})}
+        if reply.outcome is not Outcome.DONE or any(told.get(key) != value for key, value in wanted.items()):
             self._notes.warn(
                 f"the guest agent did not name {vm.name} ({reply.outcome.value}"
                 + (f": {printable(reply.sentence)}" if reply.sentence else "")
@@ -2353,6 +2485,8 @@ class Manager:
 
     def tidy(self) -> None:
         """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
+        if not self.state.records():
+            return
         with self.fleet():
             listed = {row.uuid for row in self.utm.rows()}
             records = self.state.records()
@@ -2652,6 +2786,316 @@ class Sealer:
         self.vm.ask_to_stop(self._manager.settings.stop_timeout)
 
 
+# ---- doctor
+
+
+OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
+
+# Versions of UTM, from and to, that are known to be bad (contract: version landmarks, 7, 9.20, 9.23).
+BAD_VERSIONS = (
+    ((0,), (4, 6, 4), ERROR, "is too old; it takes 4.6.5 or newer"),
+    ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its network address is changed"),
+    ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
+)
+UPDATE = "Update UTM: brew upgrade --cask utm, or in the App Store"
+
+
+class Finding(NamedTuple):
+    """What one check has found: the keys of `doctor --json`, in this order. `remedy`: what to do, if anything."""
+
+    check: str
+    level: str
+    message: str
+    remedy: str
+
+
+Words = tuple[str, str, str]        # of a finding: its level, message and remedy
+
+
+class Doctor:
+    """Looks at the host, UTM, the image and the fleet, in the order in which trouble bites, and changes nothing."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager, self._utm, self._state = manager, manager.utm, manager.state
+        self._settings = manager.settings
+        self._rows: list[Row] = []
+        self._silence: KodeError | None = None      # why UTM gave no list, if it was not for want of permission
+        self._image = Row("", Power.UNKNOWN, "")
+        self._macs: dict[str, list[str]] = {}
+        self._running: dict[str, list[str]] = {}    # names of the clones that run, by their likeliest address
+
+    def findings(self) -> Iterator[Finding]:
+        """One check after the other. What raises KodeError could not look, and what needs it is skipped."""
+        blind: dict[str, str] = {}      # what could not look, and the check that is the reason
+        for check, needs, well, look in CHECKS:
+            reason = next((blind[need] for need in needs.split() if need in blind), "")
+            if reason:
+                found = [Finding(check, SKIPPED, f"not checked, since {reason} failed", "")]
+                blind[check] = reason
+            else:
+                try:
+                    found = [Finding(check, *words) for words in look(self)]
+                except KodeError as failure:
+                    found = [Finding(check, ERROR, failure.message, failure.hint)]
+                    blind[check] = check
+            yield from found or [Finding(check, OK, well, "")]
+
+    # -- the host and UTM
+
+    def _python(self) -> Iterable[Words]:
+        yield OK, f"Python {sys.version.split()[0]}, {sys.executable}", ""
+
+    def _user(self) -> Iterable[Words]:
+        if os.uname().sysname == "Darwin" and os.geteuid() == 0:        # contract 9.2
+            yield ERROR, "this is root, whom UTM does not answer (-600)", "Run kodemachine without sudo."
+
+    def _utmctl(self) -> Iterable[Words]:
+        yield OK, self._utm.path(), ""
+
+    def _version(self) -> Iterable[Words]:
+        version = self._bundle_version()
+        if not version:
+            reply = self._utm.call("version", limit=LIMITS["status"])
+            version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
+        number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
+        if not number:
+            return [(WARNING, "UTM does not tell its version: it is older than 4.7.2, or does not answer", UPDATE)]
+        bad = [(level, f"UTM {printable(version)} {trouble}", UPDATE)
+               for first, last, level, trouble in BAD_VERSIONS if first <= number <= last]
+        return bad or [(OK, f"UTM {printable(version)}", "")]
+
+    def _bundle_version(self) -> str:
+        """As the application's Info.plist has it: without an Apple Event, and older ones have no other way."""
+        import plistlib
+
+        contents = os.path.dirname(os.path.dirname(self._utm.path()))
+        try:
+            with open(os.path.join(contents, "Info.plist"), "rb") as file:
+                return str(plistlib.load(file)["CFBundleShortVersionString"])
+        except Exception:       # also expat's own error, whose class plistlib does not name
+            return ""
+
+    def _automation(self) -> Iterable[Words]:
+        try:
+            self._rows = self._utm.rows(tolerant=True)
+        except NotPermitted:
+            raise
+        except KodeError as failure:
+            self._silence = failure
+            yield SKIPPED, "not known, since UTM does not answer", ""
+
+    def _answer(self) -> Iterable[Words]:
+        if self._silence:
+            raise self._silence
+        yield OK, f"it shows {len(self._rows)} machines, {len(self._manager.clones(self._rows))} of them clones", ""
+
+    def _osascript(self) -> Iterable[Words]:
+        for _ in attempts(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
+            reply = self._utm.script(ADDRESSES)
+            self._macs = parse_macs(reply.out)
+            if reply.outcome is Outcome.DONE and (self._macs or not self._rows):
+                return []
+            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
+                break
+        if reply.outcome is Outcome.REFUSED:
+            raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
+                            NOT_ALLOWED)
+        raise KodeError(f"osascript learns nothing from UTM: {printable(reply.sentence) or reply.outcome.value}",
+                        "Look at UTM's window, then run this again.")
+
+    def _session(self) -> Iterable[Words]:
+        if os.environ.get("SSH_CONNECTION"):        # set by sshd(8)
+            yield (WARNING, "this is an ssh session, from which macOS may refuse control of UTM",
+                   "Run kodemachine in a terminal at the screen.")
+
+    # -- the image
+
+    def _base(self) -> Iterable[Words]:
+        self._image = self._manager.base(self._rows, None)
+        yield OK, f"{printable(self._image.name)} is there, and stopped", ""
+
+    def _devices(self) -> Iterable[Words]:
+        name = printable(self._image.name)
+        reply = self._utm.script(DEVICES, self._image.uuid)
+        told = reply.out.split("\n")
+        if reply.outcome is not Outcome.DONE or not told[0].startswith("backend "):
+            yield (WARNING, f"UTM does not tell the devices of {name}: {printable(reply.sentence)}",
+                   "See in its settings that it has no display, and a serial device in mode Pseudo-TTY.")
+            return
+        if "backend qemu" not in told:
+            yield (ERROR, f"{name} is not on the QEMU backend, and so has no guest agent",
+                   "Make the image anew, without 'Use Apple Virtualization'.")
+        if "displays 0" not in told or "serial window" in told:
+            yield (WARNING, f"{name} is not headless: a window opens at each start, and closing it ends the machine",
+                   "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
+        if "serial ptty" not in told and "serial tcp" not in told:
+            yield (WARNING, f"{name} has no serial port, so `kodemachine attach` cannot reach its clones",
+                   "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
+
+    def _ssh_key(self) -> Iterable[Words]:
+        own = self._settings.identity_file
+        if own:
+            if not os.path.exists(own):
+                yield ERROR, f"there is no identity_file {own}", f"ssh-keygen -t ed25519 -f {shlex.quote(own)}"
+            elif os.stat(own).st_mode & 0o077:
+                yield ERROR, f"ssh does not use {own}: others may read it", f"chmod 600 {shlex.quote(own)}"
+            return
+        folder = os.path.expanduser("~/.ssh")
+        if not any(os.path.exists(os.path.join(folder, "id_" + kind)) for kind in
+                   ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk")) and not agent_keys():     # ssh_config(5)
+            yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
+                   "ssh-keygen -t ed25519, then put the .pub file into the image (README: The golden image)")
+
+    # -- the fleet
+
+    def _names(self) -> Iterable[Words]:
+        ours = {row.name.lower() for row in (*self._manager.clones(self._rows), *self._manager.images(self._rows))}
+        for name in sorted(ours):
+            uuids = [row.uuid for row in self._rows if row.name.lower() == name]
+            if len(uuids) > 1:
+                yield (ERROR, f"{len(uuids)} machines are called {printable(name)}: {', '.join(uuids)}",
+                       "Rename or delete one of them in UTM.")
+
+    def _mac_addresses(self) -> Iterable[Words]:
+        """A clone that was never started is given an address of its own at its first start."""
+        records, images = self._state.records(), self._manager.images(self._rows)
+        clones = self._manager.clones(self._rows)
+        holders: dict[str, list[Row]] = {}
+        for row in self._rows:
+            fresh = row.power is Power.STOPPED and row in clones and not records.get(row.uuid, {}).get("mac_checked")
+            for mac in set(self._macs.get(row.uuid, [])) - {"?"} if row not in images and not fresh else ():
+                holders.setdefault(mac, []).append(row)
+        for mac, rows in holders.items():
+            if len(rows) > 1 and any(row in clones for row in rows):
+                both_run = sum(row.power is not Power.STOPPED for row in rows) > 1
+                names = " and ".join(printable(row.name) for row in rows)
+                yield (ERROR if both_run else WARNING, f"{names} have one MAC address, {mac}",
+                       "Stop one; in its settings in UTM: Network > MAC Address > Random.")
+
+    def _shared(self, key: str, words: str) -> Iterable[Words]:
+        """What the records of two clones have in common, and only an image that was not sealed can have given them."""
+        records = self._state.records()
+        holders: dict[str, list[str]] = {}
+        for row in self._manager.clones(self._rows):
+            value = records.get(row.uuid, {}).get(key)
+            for part in value if isinstance(value, list) else [value] * bool(value):
+                holders.setdefault(str(part), []).append(row.name)
+        for names in dict.fromkeys(" and ".join(names) for names in holders.values() if len(names) > 1):
+            yield (WARNING, f"{names} {words}", "Make their image forget them (README: The golden image), then: "
+                   "kodemachine start LABEL --fresh")
+
+    def _addresses(self) -> Iterable[Words]:
+        running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
+        for machine in self._manager.survey(running, disk=False):
+            if machine.ip:
+                self._running.setdefault(machine.ip, []).append(machine.name)
+        for address, names in self._running.items():
+            if len(names) > 1:
+                yield (ERROR, f"{' and '.join(names)} have one address, {address}: they share a machine-id, or a MAC",
+                       "Make one of them anew: kodemachine start LABEL --fresh")
+
+    def _copies(self) -> Iterable[Words]:
+        bases = {row.name for row in (*self._manager.images(self._rows), *self._manager.clones(self._rows))}
+        for row in self._rows:
+            base, _, number = row.name.rpartition(" ")
+            if base in bases and number.isdigit() and not self._state.locked("fleet"):
+                yield (WARNING, f"{printable(row.name)} ({row.uuid}) is what a clone leaves that was cut off",
+                       "Run that command again, which completes it, or delete it in UTM if it is none of yours.")
+
+    # -- this computer
+
+    def _space(self) -> Iterable[Words]:
+        free = free_space(self._settings.documents or os.path.expanduser("~"))
+        if free is None or free < SPACE_LOW:
+            yield (ERROR if free is not None and free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
+                   "See what can go: kodemachine purge --dry-run")
+        else:
+            yield OK, f"{size_text(free)} are free", ""
+
+    def _leftovers(self) -> Iterable[Words]:
+        state, listed = self._state, {row.uuid for row in self._rows}
+        vanished = [uuid for uuid in state.records() if uuid not in listed]
+        if state.trouble:
+            yield (ERROR, state.trouble, "Move it away: the machines stay, only what is known of them is lost.")
+        if vanished:
+            yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
+        for name in state.intents():
+            if not Intent(state, name).call_alive() and not state.locked(name):
+                label = self._manager.label_of(name)
+                path = state.path("intents", name + ".json")
+                yield (WARNING, f"the cloning of {printable(name)} was cut off",
+                       f"To complete it: kodemachine {label}" if label else f"rm {shlex.quote(path)}")
+        for folder in (state.folder, state.path("intents")):
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                path = os.path.join(folder, entry)
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.endswith(".new") and time.time() - os.stat(path).st_mtime > 60:
+                        yield WARNING, f"{path} was left half-written", f"rm {shlex.quote(path)}"
+
+    def _network(self) -> Iterable[Words]:
+        """Local Network privacy can only be felt: macOS 15 and newer refuse the way to the guests (Apple's TN3179)."""
+        if not self._running:
+            yield OK, "no machine runs, so the way to one was not tried", ""
+            return
+        prober = Prober(self._settings.ssh_port)
+        prober.aim(list(self._running))
+        deadline = time.monotonic() + GREETING
+        winner = None
+        while not winner and time.monotonic() < deadline:
+            winner = prober.step(0.05)
+        refused = prober.unreachable
+        prober.close()
+        if winner:
+            yield OK, f"a guest's ssh server answers at {winner}", ""
+        elif refused and local_network_rules():
+            yield ERROR, "macOS refuses the way to the guests (no route to host)", LOCAL_NETWORK
+        else:
+            yield (WARNING, f"no ssh server answers at {', '.join(self._running)}",
+                   "Look at the consoles: kodemachine attach LABEL")
+
+
+# Each check: its name, the checks without which it cannot look, what to say if it finds nothing, and what does it.
+CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = (
+    ("python", "", "", Doctor._python),
+    ("user", "", "run without sudo", Doctor._user),
+    ("utmctl", "", "", Doctor._utmctl),
+    ("version", "utmctl", "", Doctor._version),
+    ("automation", "utmctl", "macOS lets this terminal control UTM", Doctor._automation),
+    ("utm", "utmctl automation", "", Doctor._answer),
+    ("osascript", "utm", "macOS lets osascript control UTM", Doctor._osascript),
+    ("session", "", "this is no ssh session", Doctor._session),
+    ("image", "utm", "", Doctor._base),
+    ("devices", "osascript image", "the image is headless, has a serial port, and is on QEMU", Doctor._devices),
+    ("ssh-key", "", "there is a key for ssh", Doctor._ssh_key),
+    ("names", "utm", "no two machines share a name", Doctor._names),
+    ("macs", "utm osascript", "no two machines share a MAC address", Doctor._mac_addresses),
+    ("host-keys", "utm", "no two clones are known to share a host key",
+     lambda doctor: doctor._shared("host_keys", "have one host key, and each can pass for the other")),
+    ("machine-ids", "utm", "no two clones are known to share a machine-id",
+     lambda doctor: doctor._shared("machine_id", "have one machine-id, and may be given one address")),
+    ("addresses", "utm", "no two running clones share an address", Doctor._addresses),
+    ("copies", "utm", "no clone was left half-made", Doctor._copies),
+    ("space", "", "", Doctor._space),
+    ("leftovers", "utm", "nothing is left in the state folder", Doctor._leftovers),
+    ("network", "utm", "", Doctor._network),
+)
+CHECK_WIDTH = max(len(check) for check, *_ in CHECKS)
+
+
+def agent_keys() -> int:
+    """How many keys the ssh agent holds, if there is one. The two messages are SSH_AGENTC_REQUEST_IDENTITIES (11) and
+    SSH_AGENT_IDENTITIES_ANSWER (12), whose payload begins with the number (OpenSSH's PROTOCOL.agent)."""
+    import socket
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(2)
+        agent.connect(os.environ.get("SSH_AUTH_SOCK") or "")
+        agent.sendall(b"\0\0\0\1\x0b")
+        answer = agent.recv(9, socket.MSG_WAITALL)
+        return int.from_bytes(answer[5:], "big") if answer[4:5] == b"\x0c" else 0
+    return 0
+
+
 # ---- the serial console
 
 
@@ -2895,6 +3339,14 @@ class Out(Notes):
     def json(self, value: object) -> None:
         """A result for a program."""
         self.result(json.dumps(value, indent=1))
+
+    @staticmethod
+    def fits(text: str) -> bool:
+        """Whether whoever reads stdout can be shown these characters, going by its encoding."""
+        try:
+            return bool(text.encode(sys.stdout.encoding))
+        except (UnicodeEncodeError, LookupError):
+            return False
 
     @property
     def width(self) -> int | None:
@@ -3263,6 +3715,19 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     return code
 
 
+@command("clone", LABEL_ARG, option("new", help="the label of the copy"))
+def cmd_clone(ctx: Context, opts: Arguments) -> int:
+    """copy a stopped machine as it is, to one of another label"""
+    label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
+    if label == new:
+        raise UsageError(f"{label} cannot be a copy of itself", f"Such as: kodemachine clone {label} {label}-2")
+    first, second = sorted((label, new))        # whoever else takes both takes them in this order
+    with ctx.manager.holding(first), ctx.manager.holding(second):
+        ctx.manager.fork(label, new)
+    ctx.out.note(f"{new} is a copy of {label}; start it: kodemachine {new}")
+    return 0
+
+
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
          option("-r", action="store_true", dest="recursive", help="whole folders"))
 def cmd_cp(ctx: Context, opts: Arguments) -> int:
@@ -3552,6 +4017,8 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     manager, out = ctx.manager, ctx.out
     rows, left_in_between = purgeable(ctx, opts)
     if not rows:
+        if not opts.dry_run:
+            manager.tidy()
         out.note("nothing to purge")
         return 4 if left_in_between else 0
     machines = manager.survey(rows, ip=False)
@@ -3623,16 +4090,6 @@ def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:
         return f"{label} left: it is {vm.power.value} now"
     ctx.manager.delete(vm, force=force)
     return f"{label} deleted"
-
-
-def free_space(path: str) -> int | None:
-    """Free bytes of the volume that `path` is on, None if it cannot be told."""
-    while not os.path.exists(path) and path != "/":
-        path = os.path.dirname(path)
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return None
 
 
 def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
@@ -3734,6 +4191,26 @@ def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
     done = [step for step in sealer.apply(sudo=sudo) if step.status != "ok"]
     out.note(step_table(done))
     return True
+
+
+@command("doctor", JSON)
+def cmd_doctor(ctx: Context, opts: Arguments) -> int:
+    """check the host, UTM, the image and the machines; each finding with its remedy"""
+    signs = {OK: "ok", WARNING: "!", ERROR: "x", SKIPPED: "-"}
+    if ctx.out.fits("\u2713\u2717"):
+        signs.update({OK: "\u2713", ERROR: "\u2717"})
+    findings = []
+    for finding in Doctor(ctx.manager).findings():
+        findings.append(finding)
+        if not opts.as_json:
+            indent = len(signs[OK]) + 2 + CHECK_WIDTH
+            ctx.out.result(f"{signs[finding.level]:{len(signs[OK])}} {finding.check:{CHECK_WIDTH}} {finding.message}"
+                           + (f"\n{'':{indent}}{finding.remedy}" if finding.remedy else ""))
+    if opts.as_json:
+        ctx.out.json([finding._asdict() for finding in findings])
+    errors, warnings = (sum(finding.level == level for finding in findings) for level in (ERROR, WARNING))
+    ctx.out.note(f"{errors} to mend, {warnings} to look at" if errors or warnings else "all is well")
+    return 1 if errors else 0
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),

@@ -397,6 +397,7 @@ class FakeUTM:
             import shutil
 
             shutil.copytree(guest, self.path("guests", copy["uuid"]), symlinks=True)
+            Guest(self, copy["uuid"]).give_away(self.path("guests", copy["uuid"]))
 
     def move_bundle(self, vm: Machine, bundle: str) -> None:
         old = dict(vm)
@@ -1058,6 +1059,13 @@ class Osascript(Tool):
         for vm in self.utm.vms if self.utm.awake() else []:
             self.say(f"{vm['uuid']} -\n")
             self.say("".join(f"{vm['uuid']} {mac}\n" for mac in vm["macs"]))
+
+    def operation_devices(self, uuid: str) -> Iterator[float]:
+        """The backend, the number of displays, and the interface of each serial port: `window` for a built-in one."""
+        yield 0
+        vm = self.machine(uuid)
+        self.say(f"backend {'qemu' if vm['backend'] == 'qemu' else 'other'}\ndisplays {len(vm['displays'])}\n")
+        self.say("".join(f"serial {serial['kind'].replace('terminal', 'window')}\n" for serial in vm["serials"]))
 
     def operation_configure(
         self, uuid: str, name: str, memory: str, cpus: str, *macs: str
@@ -2939,6 +2947,113 @@ class SpawnTest(SpawnCase):
         with open(os.path.join(self.bin, "ssh"), "w", encoding="utf-8") as file:
             file.write("#!/bin/sh\nkill -PIPE $$\necho survived\n")
         self.assertEqual(self.spawn("alpha", code=-signal.SIGPIPE).out, "")
+
+
+class ForkTest(SpawnCase):
+    """`clone`: a copy of a clone, which is a machine of its own."""
+
+    GREETERS = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.utm.change(self.base, macs=["02:00:00:00:00:01"])
+
+    def parent(self) -> str:
+        """alpha, stopped, and with an identity of its own on its disk; returns its UUID."""
+        self.spawn()
+        self.spawn("stop", "alpha")
+        return str(self.utm.machine("km-alpha")["uuid"])
+
+    def record(self, name: str) -> dict[str, Any]:
+        path = os.path.join(self.home, ".local", "state", "kodemachine", "machines.json")
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file)[self.utm.machine(name)["uuid"]])
+
+    def identity(self, name: str) -> list[str]:
+        """The machine-id and the host key inside of it."""
+        paths = [os.path.join(self.utm.guest(name), "etc", *parts)
+                 for parts in (("machine-id",), ("ssh", "ssh_host_ed25519_key.pub"))]  # fmt: skip
+        return [open(path, encoding="utf-8").read().strip() for path in paths]  # noqa: SIM115
+
+    def requests(self, name: str) -> list[str]:
+        uuid = self.utm.machine(name)["uuid"]
+        return [call["verb"] for call in self.utm.calls() if call["argv"][1:] and uuid in call["argv"]
+                and call["verb"] in ("start", "stop", "exec")]  # fmt: skip
+
+    def test_a_fork_is_a_machine_of_its_own(self) -> None:
+        parent = self.parent()
+        before = self.utm.machine(parent)
+        result = self.spawn("clone", "alpha", "beta")
+        self.assertTrue(result.err.endswith("\nbeta is a copy of alpha; start it: kodemachine beta\n"), result)
+        self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+        self.assertEqual(self.utm.machine(parent), before)
+        fresh = self.record("km-beta")
+        self.assertEqual(set(fresh), {"name", "image", "created", "new", "fork"})
+        self.assertEqual(fresh["image"], {"name": "kodeimage-v0.2.0", "uuid": self.base})
+        self.assertEqual(self.identity("km-beta"), self.identity("km-alpha"))
+        self.spawn("start", "-d", "alpha", "beta")
+        mine, theirs = self.identity("km-beta"), self.identity("km-alpha")
+        self.assertRegex(mine[0], r"\A[0-9a-f]{32}\Z")
+        self.assertRegex(mine[1], r"\Assh-ed25519 \S+ root@beta\Z")
+        self.assertEqual([a == b for a, b in zip(mine, theirs)], [False, False])
+        record = self.record("km-beta")
+        self.assertEqual((record["machine_id"], record["host_keys"]), (mine[0], [mine[1].rpartition(" ")[0]]))
+        self.assertEqual({"new", "fork"} & set(record), set())
+        self.assertEqual(len({mac for vm in self.utm.machines() for mac in vm["macs"]}), 3)
+        self.assertEqual(self.requests("km-beta"), ["start", "exec", "stop", "start"])
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta")
+        self.assertEqual((self.identity("km-beta"), self.requests("km-beta")[4:]), (mine, ["stop", "start"]))
+
+    def test_what_cannot_be_cloned_is_refused_and_nothing_is_made(self) -> None:
+        self.parent()
+        self.utm.add("km-run", status="started")
+        self.utm.add("km-paused", status="paused")
+        before = self.utm.names()
+        for words, code, said in (
+            ("alpha alpha", 2, "a copy of itself"), ("alpha list", 2, "a word of kodemachine's own"),
+            ("alpha Beta", 2, "cannot be a label"), ("gone beta", 3, "there is no machine gone"),
+            ("alpha run", 4, "km-run exists already"), ("run beta", 4, "kodemachine stop run"),
+            ("paused beta", 4, "is paused"),
+        ):  # fmt: skip
+            self.assertIn(said, self.spawn("clone", *words.split(), code=code).err)
+        self.spawn("start", "-d", "alpha")
+        self.spawn("suspend", "--save", "alpha")
+        self.utm.restart()
+        self.assertIn("kodemachine resume alpha", self.spawn("clone", "alpha", "beta", code=4).err)
+        self.assertEqual((self.utm.names(), self.utm.calls("clone")[1:]), (before, []))
+
+    def test_one_that_was_cut_off_is_completed_by_either_command(self) -> None:
+        parent = self.parent()
+        self.utm.add("km-gamma")
+        for again in (("clone", "alpha", "beta"), ("start", "-d", "beta")):
+            self.utm.fault("clone", kill_parent="after", partial="no-rename", times=1)
+            self.assertEqual(self.km("clone", "alpha", "beta").code, -signal.SIGKILL)
+            self.utm.clear_faults()
+            self.assertIn("an earlier run began to clone km-alpha to km-beta",
+                          self.spawn("clone", "gamma", "beta", code=4).err)  # fmt: skip
+            self.spawn(*again)
+            self.assert_machines("km-alpha", "km-beta", "km-gamma")
+            self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+            self.assertEqual(self.record("km-beta")["image"]["uuid"], self.base)
+            self.spawn("delete", "-f", "beta")
+
+    def test_a_fork_that_could_not_be_renewed_is_renewed_by_the_next_cold_start(self) -> None:
+        self.parent()
+        self.spawn("clone", "alpha", "beta")
+        old = self.identity("km-beta")
+        self.utm.fault("exec", silent=True, times=1)
+        self.assertIn("did not name km-beta", self.spawn("start", "-d", "beta").err)
+        self.spawn("start", "-d", "beta")           # it is not restarted under the hands of whoever uses it
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta", "--disposable")
+        self.assertEqual((self.identity("km-beta"), self.record("km-beta")["fork"]), (old, True))
+        self.spawn("stop", "beta")
+        self.utm.change("km-beta", ignores_power_key=True)
+        self.use(stop_timeout=0.3)
+        self.spawn("start", "-d", "beta")
+        self.assertNotIn(self.identity("km-beta")[0], old)
+        self.assertNotIn("fork", self.record("km-beta"))
 
 
 class CandidatesTest(SpawnCase):
@@ -5277,6 +5392,15 @@ class PurgeTest(FleetCase):
                 self.assertEqual(terminal.wait(), code, terminal.seen)
         self.assertNotIn("a", self.clones())
 
+    def test_what_is_remembered_of_machines_that_are_gone_goes_even_if_no_machine_does(self) -> None:
+        self.write_state("machines.json", json.dumps({FakeUTM.new_uuid(): {"name": "km-gone"}}))
+        self.vm("kept", "started")
+        self.remember(kept={})
+        self.km("purge", "--dry-run")
+        self.assertEqual(len(self.records()), 2)
+        self.assert_says(self.km("purge"), 0, "nothing to purge")
+        self.assertEqual([record["name"] for record in self.records().values()], ["km-kept"])
+
     def test_nothing_to_do_is_no_failure(self) -> None:
         self.image()
         self.vm("on", "started")
@@ -5749,6 +5873,244 @@ class StartTest(FleetCase):
                     (result.code, result.out, len(result.err.splitlines()) <= 2), (2, "", True), result.err
                 )
         self.assertEqual(self.utm.calls(), [])
+
+
+class DoctorTest(FleetCase):
+    """Each finding of `doctor`, and that a healthy installation has none."""
+
+    CHECKS = [
+        "python", "user", "utmctl", "version", "automation", "utm", "osascript", "session", "image", "devices",
+        "ssh-key", "names", "macs", "host-keys", "machine-ids", "addresses", "copies", "space", "leftovers", "network",
+    ]  # fmt: skip
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.greeter = Greeter(self.utm.app()["addresses"][:1])
+        self.addCleanup(self.greeter.close)
+        self.ssh_key = os.path.join(self.home, ".ssh", "id_ed25519")
+        os.mkdir(os.path.dirname(self.ssh_key))
+        self.write_key(self.ssh_key)
+        self.settings: dict[str, Any] = {"ssh_port": self.greeter.port}
+        self.config(**self.settings)
+
+    def write_key(self, path: str, mode: int = 0o600) -> None:
+        with open(path, "w", encoding="utf-8"):
+            os.chmod(path, mode)
+
+    def healthy(self) -> None:
+        """An image as it should be, a clone that runs and one that was never started."""
+        self.image(serials=[{"kind": "ptty", "path": "/dev/ttys1"}])
+        self.vm("a", "started")
+        self.vm("new", macs=self.utm.machine(IMAGE)["macs"])
+        self.remember(a={"mac_checked": True, "host_keys": [host_key()], "machine_id": "1" * 32})
+
+    def doctor(self, patience: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> dict[str, list[str]]:
+        """What it says by check, of all that is not well: `level: message | remedy`; its exit status fits that."""
+        command = self.command("doctor", "--json", patience={"WARM_UP": 0.3, "GREETING": 0.3, **(patience or {})})
+        result = self.run_program(command, env=env)
+        self.assertNotIn("Traceback", result.err)
+        findings = json.loads(result.out)
+        self.assertEqual(list(dict.fromkeys(finding["check"] for finding in findings)), self.CHECKS)
+        self.assertEqual(result.code, int(any(finding["level"] == "error" for finding in findings)), result.err)
+        said: dict[str, list[str]] = {}
+        for finding in findings:
+            self.assertEqual(list(finding), ["check", "level", "message", "remedy"])
+            self.assertTrue(finding["message"])
+            self.assertEqual(bool(finding["remedy"]), finding["level"] in ("warning", "error"), finding)
+            if finding["level"] != "ok":
+                said.setdefault(finding["check"], []).append("{level}: {message} | {remedy}".format(**finding))
+        return said
+
+    def assert_said(self, said: dict[str, list[str]], **patterns: str) -> None:
+        """These checks, `_` for `-`, and no others have found something: a line of each matches; `skipped` in short."""
+        for check, lines in said.items():
+            pattern = patterns.pop(check.replace("-", "_"), "nothing")
+            for part in pattern.split(" && "):
+                self.assertTrue(any(re.search(part, line) for line in lines), f"{check}: no {part!r} in {lines}")
+            self.assertEqual(len(lines), len(pattern.split(" && ")), lines)
+        self.assertEqual(patterns, {}, "not found")
+
+    def test_on_a_healthy_installation_all_is_well(self) -> None:
+        self.healthy()
+        before = self.files_of_state()
+        result = self.km("doctor")
+        lines = result.out.splitlines()
+        self.assertEqual((result.code, result.err), (0, "all is well\n"), result.out)
+        self.assertEqual([line.split()[:2] for line in lines], [["\u2713", check] for check in self.CHECKS])
+        self.assertEqual(sorted(self.utm.verbs()), ["ip-address", "list", "version"])
+        self.assertEqual(self.files_of_state(), before)
+
+    def files_of_state(self) -> list[tuple[str, float]]:
+        paths = [os.path.join(top, name) for top, _, names in os.walk(self.state) for name in names]
+        return sorted((path, os.stat(path).st_mtime) for path in paths)
+
+    def test_a_person_is_shown_each_finding_with_its_remedy_below(self) -> None:
+        self.image(displays=[{"Hardware": "virtio-gpu-pci"}])
+        result = self.km("doctor", env={"SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"})
+        self.assertEqual((result.code, result.err), (0, "0 to mend, 3 to look at\n"))
+        self.assertRegex(result.out, r"(?m)^! devices     \S+ is not headless: .*\n {14}In its settings in UTM, remove")
+
+    def test_signs_fall_back_to_what_the_terminal_can_show(self) -> None:
+        for encoding, fits in (("utf-8", True), ("ascii", False), ("iso8859-1", False), ("no-such", False)):
+            with mock.patch.object(sys, "stdout", mock.Mock(encoding=encoding)):
+                self.assertEqual(kodemachine.Out.fits("\u2713\u2717"), fits, encoding)
+
+    def test_a_fleet_with_everything_wrong(self) -> None:
+        mac, key = self.utm.fake.new_mac(), host_key()
+        self.image(backend="apple", displays=[{}], serials=[{"kind": "terminal"}])
+        self.utm.add(IMAGE + " 2")
+        self.utm.add("KM-Twin")
+        self.vm("twin")
+        self.vm("a", "started", macs=[mac], ips=["192.168.64.3", "172.17.0.1"])
+        self.vm("b", "started", macs=[mac.lower()], ips=["192.168.64.3", "172.17.0.1"])
+        self.utm.add("Windows 11", macs=["02:00:00:00:00:01"])
+        self.vm("c", macs=["02:00:00:00:00:01"])
+        self.vm("new", macs=[mac])
+        self.remember(a={"host_keys": [key], "machine_id": "1" * 32}, b={"host_keys": [key], "machine_id": "1" * 32},
+                      c={"mac_checked": True})  # fmt: skip
+        self.write_state("machines.json", json.dumps({**self.records(), FakeUTM.new_uuid(): {"name": "km-gone"}}))
+        os.mkdir(os.path.join(self.state, "intents"))
+        self.write_state("intents/km-cut.json", "{}")
+        self.write_state("intents/km-Odd.json", "{}")
+        self.write_state("known_hosts.new", "")
+        os.utime(os.path.join(self.state, "known_hosts.new"), (0, 0))
+        self.config(**self.settings, identity_file=os.path.join(self.folder, "no key"))
+        self.assert_said(
+            self.doctor({"SPACE_LOW": 1 << 60, "SPACE_OUT": 1 << 60}, {"SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}),
+            session=r"warning: .*ssh session.*at the screen",
+            devices="error: .*not on the QEMU backend && warning: .*not headless && warning: .*no serial port",
+            ssh_key=r"error: .*no key \| ssh-keygen -t ed25519 -f '",
+            names="error: 2 machines are called km-twin: .*Rename",
+            macs=f"error: km-a and km-b have one MAC address, {mac} && "
+                 "warning: (km-c and Windows 11|Windows 11 and km-c) have one MAC",
+            host_keys="warning: km-a and km-b have one host key",
+            machine_ids="warning: km-a and km-b have one machine-id",
+            addresses=r"error: km-a and km-b have one address, 192\.168\.64\.3",
+            copies=rf"warning: {IMAGE} 2 \(\S{{36}}\) is what a clone leaves",
+            space="error: only .* are free .*purge --dry-run",
+            leftovers=r"warning: 1 machines are remembered .*purge && warning: .*km-cut was cut off.*: kodemachine cut$"
+                      r" && warning: .*km-Odd was cut off.*\| rm && warning: .*known_hosts.new.*\| rm",
+            network="warning: no ssh server answers at 192.168.64.3 .*attach",
+        )  # fmt: skip
+
+    def test_what_is_under_way_is_no_leftover(self) -> None:
+        self.healthy()
+        self.utm.add(IMAGE + " 2")
+        os.mkdir(os.path.join(self.state, "intents"))
+        self.write_state("intents/km-cut.json", "{}")
+        self.write_state("known_hosts.new", "")
+        with self.held_lock("fleet"), self.held_lock("km-cut"):
+            self.assert_said(self.doctor())
+
+    def test_keys_for_ssh(self) -> None:
+        self.healthy()
+        own = os.path.join(self.folder, "own key")
+        self.write_key(own, 0o644)
+        self.config(**self.settings, identity_file=own)
+        self.assert_said(self.doctor(), ssh_key=rf"error: .*others may read it \| chmod 600 '{own}'")
+        self.config(**self.settings)
+        os.unlink(self.ssh_key)
+        self.assert_said(self.doctor(), ssh_key=r"warning: there is no key in ~/.ssh or an agent.*\| ssh-keygen")
+        for answer, keys in ((b"\0\0\0\5\x0c\0\0\0\2", 2), (b"\0\0\0\5\x0c\0\0\0\0", 0), (b"\0\0\0\1\5", 0)):
+            path = os.path.join(self.folder, f"agent{keys}{len(answer)}")
+            with socket.socket(socket.AF_UNIX) as agent:
+                agent.bind(path)
+                agent.listen()
+
+                def serve(agent: socket.socket = agent, answer: bytes = answer) -> None:
+                    with agent.accept()[0] as person:
+                        self.assertEqual(person.recv(5), b"\0\0\0\1\x0b")
+                        person.sendall(answer)
+
+                server = threading.Thread(target=serve)
+                server.start()
+                with mock.patch.dict(os.environ, {"SSH_AUTH_SOCK": path}):
+                    self.assertEqual(kodemachine.agent_keys(), keys)
+                server.join()
+
+    def test_no_image_or_one_that_runs(self) -> None:
+        self.vm("a")
+        self.assert_said(self.doctor(), image="error: there is no image", devices="skipped: .*image failed")
+        self.image(status="started")
+        self.assert_said(self.doctor({"SPACE_LOW": 1 << 60}), image="error: .* is started", devices="skipped: .*",
+                         space="warning: only .* are free")  # fmt: skip
+
+    def test_versions_of_utm(self) -> None:
+        contents = os.path.join(self.folder, "UTM.app", "Contents")
+        os.makedirs(os.path.join(contents, "MacOS"))
+        utm = mock.Mock()
+        utm.path.return_value = os.path.join(contents, "MacOS", "utmctl")
+        doctor = kodemachine.Doctor(kodemachine.Manager(kodemachine.Settings(), utm, mock.Mock()))
+
+        def said() -> list[tuple[str, str]]:
+            return [(level, message) for level, message, _ in doctor._version()]
+
+        utm.call.return_value = Reply(Verdict.USAGE, 64, "", "", (), 0.1)
+        [(level, message)] = said()
+        self.assertEqual((level, message.partition(":")[0]), ("warning", "UTM does not tell its version"))
+        for version, expected, words in (
+            ("5.0.3", "ok", "UTM 5.0.3$"), ("4.6.4", "error", "4.6.4 is too old"), ("4.6.5", "warning", "displays"),
+            ("4.7.0", "warning", "4.7.0 replaces"), ("4.7.1", "ok", "4.7.1$"), ("4.7.2", "error", "broken scripting"),
+            ("4.10", "ok", "4.10$"),
+        ):  # fmt: skip
+            utm.call.return_value = Reply(Verdict.DONE, 0, version + "\n", "", (), 0.1)
+            [(level, message)] = said()
+            self.assertEqual(level, expected, version)
+            self.assertRegex(message, words)
+        with open(os.path.join(contents, "Info.plist"), "wb") as file:
+            plistlib.dump({"CFBundleShortVersionString": "4.7.2"}, file, fmt=plistlib.FMT_BINARY)
+        self.assertEqual(said(), [("error", "UTM 4.7.2 has broken scripting")])
+
+    def test_what_cannot_be_looked_at_is_said_and_the_rest_is_looked_at(self) -> None:
+        self.healthy()
+        by_list = dict.fromkeys(("image", "osascript", "devices", "names", "macs", "host_keys", "machine_ids",
+                                 "addresses", "copies", "leftovers", "network"), "skipped: ")  # fmt: skip
+        self.utm.fault("list", error=-1743)
+        self.assert_said(self.doctor(), **by_list, utm="skipped: .*automation failed",
+                         automation=r"error: .*\(-1743\) \| .*Privacy & Security > Automation")  # fmt: skip
+        self.utm.clear_faults()
+        limits: Any = self.PATIENCE["LIMITS"]
+        fault: dict[str, Any]
+        for fault, words in (({"error": -600}, r"error: UTM gave no list within 1 s \(-600\) \| .*sudo"),
+                             ({"hang": True}, "error: UTM gave no list within 1 s"),
+                             ({"crash": "TRAP"}, "error: utmctl crashed"),
+                             ({"no_app": True}, "error: utmctl does not find UTM")):  # fmt: skip
+            self.utm.fault("list", **fault)
+            said = self.doctor({"LOOK_LIMIT": 1.0, "LIMITS": {**limits, "list": 0.4}})
+            self.assert_said(said, **by_list, utm=words, automation="skipped: .*does not answer")
+            self.utm.clear_faults()
+        by_script = {"macs": "skipped: .*osascript failed", "devices": "skipped: .*osascript failed"}
+        for fault, words in (({"error": -1743}, r"error: .*osascript.*\(-1743\).*no new machine.* \| .*Automation"),
+                             ({"error": -2700, "string": "Broken."}, "error: .*: .*Broken"),
+                             ({"silent": True}, "error: osascript learns nothing from UTM")):  # fmt: skip
+            self.utm.fault("addresses", **fault)
+            self.assert_said(self.doctor(), **by_script, osascript=words)
+            self.utm.clear_faults()
+        self.utm.fault("devices", error=-609)
+        self.assert_said(self.doctor(), devices="warning: UTM does not tell the devices of .*Connection is invalid")
+        os.unlink(os.path.join(self.bin, "utmctl"))
+        self.assert_said(self.doctor(), **by_list, utmctl=r"error: there is no utmctl \| Install UTM",
+                         **dict.fromkeys(("version", "automation", "utm"), "skipped: .*utmctl failed"))  # fmt: skip
+
+    def test_records_that_are_of_no_use(self) -> None:
+        self.healthy()
+        self.write_state("machines.json", "{")
+        self.assert_said(self.doctor(), leftovers=r"error: .*machines.json is of no use .* \| Move it away")
+        self.assertEqual(self.km("doctor").err.count("is of no use"), 1)
+
+    def test_what_only_a_mac_can_have(self) -> None:
+        """In process, since it takes another system, and another user."""
+        manager = kodemachine.Manager(kodemachine.Settings(ssh_port=1), mock.Mock(), mock.Mock())
+        doctor = kodemachine.Doctor(manager)
+        doctor._running = {"127.0.0.1": ["km-a"]}
+        darwin = mock.Mock(sysname="Darwin", release="24.1.0")
+        with mock.patch.object(os, "uname", return_value=darwin), mock.patch.object(os, "geteuid") as user, \
+                mock.patch.object(kodemachine.Prober, "unreachable", True), \
+                mock.patch.object(kodemachine, "GREETING", 0.1):  # fmt: skip
+            for uid, level in ((0, ["error"]), (501, [])):
+                user.return_value = uid
+                self.assertEqual([level for level, *_ in doctor._user()], level)
+            self.assertEqual([level for level, *_ in doctor._network()], ["error"])
 
 
 class OutTest(FleetCase):
@@ -6468,7 +6830,8 @@ class MistakesTest(Case):
 class Scene(NamedTuple):
     """A command, the machines that it finds, and what it is for.
 
-    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk.
+    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk; `fork`:
+    stopped, and made by `clone`.
     `goal`: the states that were asked for, "" for none. `may`: what UTM may be asked for to get there.
     """
 
@@ -6488,6 +6851,8 @@ SCENES = {
     "spawn-paused": Scene("alpha -- true", {"alpha": "paused"}, {"alpha": "started"}, "start"),
     "spawn-running": Scene("alpha -- true", {"alpha": "started+"}, {"alpha": "started"}),
     "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
+    "spawn-fork": Scene("alpha -- true", {"alpha": "fork"}, {"alpha": "started"}, "configure start stop", every=3),
+    "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone", again=(0, 4)),
     "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
     "start-two": Scene("start -d alpha beta", {}, {"alpha": "started", "beta": "started"}, SPAWN,
                        r"(?m)\A(alpha|beta) 127\S+\n(alpha|beta) 127\S+\Z", every=4),
@@ -6522,6 +6887,7 @@ SCENES = {
                    "delete", every=2),
     "purge-all": Scene("purge --all -y", {"alpha": "saved", "beta": "paused"}, {"alpha": "", "beta": "", "other": ""},
                        "stop delete", every=4),
+    "doctor": Scene("doctor", {"alpha": "started"}, {}, says="python +Python"),
     "config": Scene("config set boot_timeout 11", {}, {}),
 }  # fmt: skip
 
@@ -6561,7 +6927,7 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"SIG{signal_name}-after", {"crash": signal_name, "when": "after"}
     for i, text in enumerate(TEXTS.get(verb, [""]), 1):
         yield f"-2700-{i}", {"error": -2700, "string": text}
-    if verb not in ("addresses", "configure"):
+    if verb not in ("addresses", "configure", "devices"):
         yield "no-app", {"no_app": True}
         for language in ("de", "ja"):
             yield f"-609-{language}", {"error": -609, "language": language}
@@ -6582,6 +6948,7 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # The exit statuses after a single fault, by SCENE/VERB/FAULT; the first that matches counts. Else it is got over: 0.
 EXPECTED: tuple[tuple[str, set[int]], ...] = (
+    ("doctor/.*", {0, 1}),
     ("rm/(list|status|stop|delete)/(-1743|no-app)", {0, 5}),    # at its end there is a warning, and ssh's status
     ("rm/(stop|delete)/.*", {0}),
     ("(exec|repin)/exec/(-1743|no-app)", {5}),
@@ -6663,9 +7030,10 @@ class World(SpawnCase):
         self.utm.add("km-other", status="started", ips=["10.0.0.8"])
         records: dict[str, dict[str, Any]] = {}
         for label, word in self.scene.fleet.items():
-            status = word.replace("saved", "stopped").rstrip("+")
+            status = re.sub("saved|fork", "stopped", word).rstrip("+")
             uuid = self.utm.add("km-" + label, status=status, serials=serials, saved=word == "saved")
-            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None}
+            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None,
+                             "fork": True if word == "fork" else None}  # fmt: skip
             if word.endswith("+"):
                 records[uuid].update(personality=True, mac_checked=True, host_keys=[host_key()])
         self.state = os.path.join(self.home, ".local", "state", "kodemachine")
@@ -6745,7 +7113,7 @@ class World(SpawnCase):
     def assert_explained(self) -> None:
         code, _, err = self.result
         self.assertNotIn("Traceback", err)
-        if code:
+        if code and self.name != "doctor":          # whose result it is
             self.assertRegex(err, r'(?m)^kodemachine: .|^\{"error": ')
             self.assertIn(code, (1, 3, 4, 5, 6), err)
 
@@ -6780,10 +7148,11 @@ class World(SpawnCase):
         new = {vm["uuid"]: vm["name"] for vm in now if vm["uuid"] not in self.before}
         self.assertEqual(sorted(set(new.values())), sorted(new.values()), "more than one clone of a label")
         self.assertLessEqual(len(new), len(self.targets) if "clone" in self.scene.may else 0)
-        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == "kodeimage-v0.2.0"]
+        base = "km-alpha" if self.name == "clone" else "kodeimage-v0.2.0"
+        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == base]
         theirs = {uuid for uuid, vm in self.before.items() if vm["name"] not in self.targets}
         for call in self.utm.calls() + self.utm.calls(tool="osascript"):
-            if call["verb"] not in (*LOOKS, "addresses", "exec"):
+            if call["verb"] not in (*LOOKS, "addresses", "devices", "exec"):
                 self.assertIn(call["verb"], self.scene.may.split(), call["argv"])
                 named = set(UUID.findall(" ".join(call["argv"])))
                 self.assertEqual(len(named), 1, call["argv"])
