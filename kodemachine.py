@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the older ones)
     sys.exit("kodemachine: needs Python 3.9 or newer, this is " + sys.version.split()[0])
@@ -1727,6 +1727,15 @@ class VM:
         )
 
 
+def open_script(path: str) -> BinaryIO:
+    """The script that `first_boot` names. Raises UsageError if it cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as failure:
+        raise UsageError(f"first_boot is {path}: {failure.strerror}",
+                         "Name another script: kodemachine config set first_boot PATH ('' for none)") from None
+
+
 def local_network_rules() -> bool:
     """Whether this is macOS 15 (Darwin 24) or newer, which asks before a program may speak to the local network."""
     system = os.uname()
@@ -2076,6 +2085,8 @@ class Manager:
                 self._keep_as_it_is(row, label, wishes._replace(base=None))
             rows = self.utm.rows()
             if row is None:
+                if self.settings.first_boot:
+                    open_script(self.settings.first_boot).close()       # said now, and not by the new machine
                 row = self._cloner.clone(self.base(rows, wishes.base), name, rows)
                 self._cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
@@ -2105,8 +2116,9 @@ class Manager:
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
                 raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
+            hook = None if record.get("new") else record.get("first_boot") or "done"        # on its disk, as there
             row = row or self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
-                                            fork=True)
+                                            fork=True, first_boot=hook)
             self._cloner.adopt(row)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
 
@@ -2184,7 +2196,8 @@ class Manager:
                         before_cold=lambda: self.before_cold_start(vm, record, wishes))
             record = self.record_of(vm.uuid)
         if record.get("saved") or record.get("new"):
-            self.state.record(vm.uuid, saved=None, new=None)
+            hook = "pending" if record.get("new") and self.settings.first_boot else None
+            self.state.record(vm.uuid, saved=None, new=None, first_boot=record.get("first_boot") or hook)
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
@@ -2279,6 +2292,15 @@ class Manager:
         if not keys and not record.get("learning"):
             self.state.record(vm.uuid, name=vm.name, learning=True)
         return bool(keys)
+
+    def first_boot(self, vm: VM) -> str | None:
+        """The script that is still to be run in a machine, if there is one."""
+        return self.settings.first_boot if self.record_of(vm.uuid).get("first_boot") == "pending" else None
+
+    def first_boot_done(self, vm: VM) -> None:
+        """The script has been run; unless that is forgotten at power-off."""
+        if not self.record_of(vm.uuid).get("disposable"):
+            self.state.record(vm.uuid, first_boot="done")
 
     def _own_options(self, pinned: bool) -> dict[str, str]:
         """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
@@ -2946,6 +2968,11 @@ class Doctor:
             yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
                    "ssh-keygen -t ed25519, then put the .pub file into the image (README: The golden image)")
 
+    def _first_boot(self) -> Iterable[Words]:
+        if self._settings.first_boot:
+            open_script(self._settings.first_boot).close()
+            yield OK, f"new machines will run {self._settings.first_boot}", ""
+
     # -- the fleet
 
     def _names(self) -> Iterable[Words]:
@@ -3067,6 +3094,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = 
     ("image", "utm", "", Doctor._base),
     ("devices", "osascript image", "the image is headless, has a serial port, and is on QEMU", Doctor._devices),
     ("ssh-key", "", "there is a key for ssh", Doctor._ssh_key),
+    ("first-boot", "", "new machines run no script", Doctor._first_boot),
     ("names", "utm", "no two machines share a name", Doctor._names),
     ("macs", "utm osascript", "no two machines share a MAC address", Doctor._mac_addresses),
     ("host-keys", "utm", "no two clones are known to share a host key",
@@ -3460,20 +3488,23 @@ JSON = option("--json", action="store_true", dest="as_json", help="for programs"
 YES = option("-y", "--yes", action="store_true", help="do not ask")
 
 
-def lend_terminal(argv: Sequence[str]) -> int:
-    """Runs ssh or scp as a child in the terminal's foreground, and returns its status as a shell would.
+def lend_terminal(argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
+    """Runs ssh as a child in the terminal's foreground, and returns its status as a shell would.
 
     Ctrl-C and Ctrl-\\ are the child's meanwhile. A signal that asks us to end ends the child first.
+    `stdin`, `stdout`: handles for it in place of ours.
     """
     attributes = None
     if sys.stdin and sys.stdin.isatty():
         import termios
 
         attributes = termios.tcgetattr(0)
-    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGQUIT)}
+    pressed: list[int] = []
+    ours = {number: signal.signal(number, lambda number, _: pressed.append(number))
+            for number in (signal.SIGINT, signal.SIGQUIT)}
     child = None
     try:
-        child = subprocess.Popen(list(argv))
+        child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
         code = child.wait()
     except FileNotFoundError:
         raise KodeError(f"there is no {argv[0]} on PATH") from None
@@ -3493,6 +3524,8 @@ def lend_terminal(argv: Sequence[str]) -> int:
 
             with contextlib.suppress(termios.error):
                 termios.tcsetattr(0, termios.TCSADRAIN, attributes)
+    if pressed and code == 255:         # ssh takes the signal, and ends by itself
+        return 128 + pressed[0]
     return 128 - code if code < 0 else code
 
 
@@ -3596,15 +3629,12 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
         raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on")
     if len(labels) > 1:
-        def start(label: str) -> str:
-            with ctx.manager.holding(label):
-                vm, address = ready(ctx, label, wishes, opts)
-            return f"{label} {address}"
-        return each(ctx, labels, start, ctx.out.result)
+        return start_several(ctx, labels, wishes, opts)
     if opts.rm:
         return throw_away(ctx, labels[0], wishes, opts)
     with ctx.manager.holding(labels[0]):
         vm, address = ready(ctx, labels[0], wishes, opts)
+        furnish(ctx, vm, address)
         if opts.detach:
             ctx.out.result(address)
             return 0
@@ -3620,6 +3650,58 @@ def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM
     if opts.repin:
         repin(ctx, vm, label, opts)
     return vm, address
+
+
+def start_several(ctx: Context, labels: Sequence[str], wishes: Wishes, opts: Arguments) -> int:
+    """Starts them at the same time; then first_boot where it is due, one after the other: there is one terminal."""
+    due: dict[str, tuple[VM, str]] = {}
+
+    def start(label: str) -> str:
+        with ctx.manager.holding(label):
+            vm, address = ready(ctx, label, wishes, opts)
+        if ctx.manager.first_boot(vm):
+            due[label] = vm, address
+        else:
+            ctx.out.result(f"{label} {address}")
+        return label
+    status = each(ctx, labels, start, lambda label: None)
+    for label in filter(due.__contains__, labels):
+        vm, address = due[label]
+        try:
+            with ctx.manager.holding(label):
+                furnish(ctx, vm, address)
+            ctx.out.result(f"{label} {address}")
+        except KodeError as failure:
+            ctx.out.error(failure)
+            status = status or failure.status
+    return status
+
+
+def furnish(ctx: Context, vm: VM, address: str) -> None:
+    """Runs the first_boot script in a new machine, as the user, over ssh; what it says goes to our stderr.
+
+    It arrives on ssh's stdin as a whole and is run from a file, so that its #! line counts and it cannot read itself.
+    Raises KodeError if it fails; then it is still due. Callers hold the label's lock.
+    """
+    path = ctx.manager.first_boot(vm)
+    if not path:
+        return
+    script = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chmod 700 "$file" || exit; '
+              'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
+    ssh, *words = ctx.manager.ssh_argv(vm, address, [shlex.join(["exec", "sh", "-c", script])], ctx.manager.pin(vm))
+    ctx.out.step(f"running {path} in {vm.name}")
+    ctx.out.end_step()
+    with open_script(path) as file:
+        code = lend_terminal([ssh, "-T", *words], file.fileno(), 2)
+    if code == 128 + signal.SIGINT:
+        raise Interrupted(signal.SIGINT)
+    if code:
+        label = ctx.manager.label_of(vm.name)
+        raise KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}",
+                        "" if ctx.manager.record_of(vm.uuid).get("rm") else
+                        f"The machine stays. To run it once more: kodemachine {label}; to look inside: kodemachine ssh "
+                        f"{label}; to do without: kodemachine config set first_boot ''")
+    ctx.manager.first_boot_done(vm)
 
 
 def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
@@ -3667,6 +3749,7 @@ def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int
             stack.enter_context(manager.session_lock(vm))
             stack.callback(throw_out, ctx, vm, label)
             address = manager.bring_up(vm, label, wishes)
+            furnish(ctx, vm, address)
             pinned = manager.pin(vm)
         ctx.out.end_step()
         return lend_terminal(manager.ssh_argv(vm, address, opts.rest or [], pinned))

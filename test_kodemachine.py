@@ -2988,7 +2988,7 @@ class ForkTest(SpawnCase):
         self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
         self.assertEqual(self.utm.machine(parent), before)
         fresh = self.record("km-beta")
-        self.assertEqual(set(fresh), {"name", "image", "created", "new", "fork"})
+        self.assertEqual(set(fresh), {"name", "image", "created", "new", "fork", "first_boot"})
         self.assertEqual(fresh["image"], {"name": "kodeimage-v0.2.0", "uuid": self.base})
         self.assertEqual(self.identity("km-beta"), self.identity("km-alpha"))
         self.spawn("start", "-d", "alpha", "beta")
@@ -5880,12 +5880,17 @@ class DoctorTest(FleetCase):
 
     CHECKS = [
         "python", "user", "utmctl", "version", "automation", "utm", "osascript", "session", "image", "devices",
-        "ssh-key", "names", "macs", "host-keys", "machine-ids", "addresses", "copies", "space", "leftovers", "network",
+        "ssh-key", "first-boot", "names", "macs", "host-keys", "machine-ids", "addresses", "copies", "space",
+        "leftovers", "network",
     ]  # fmt: skip
 
     def setUp(self) -> None:
         super().setUp()
-        self.greeter = Greeter(self.utm.app()["addresses"][:1])
+        try:
+            self.greeter = Greeter(self.utm.app()["addresses"][:1])
+        except OSError:                         # a Mac has but this one
+            self.utm.option(addresses=["127.0.0.1"])
+            self.greeter = Greeter(["127.0.0.1"])
         self.addCleanup(self.greeter.close)
         self.ssh_key = os.path.join(self.home, ".ssh", "id_ed25519")
         os.mkdir(os.path.dirname(self.ssh_key))
@@ -5974,12 +5979,13 @@ class DoctorTest(FleetCase):
         self.write_state("intents/km-Odd.json", "{}")
         self.write_state("known_hosts.new", "")
         os.utime(os.path.join(self.state, "known_hosts.new"), (0, 0))
-        self.config(**self.settings, identity_file=os.path.join(self.folder, "no key"))
+        self.config(**self.settings, identity_file=os.path.join(self.folder, "no key"), first_boot=self.folder)
         self.assert_said(
             self.doctor({"SPACE_LOW": 1 << 60, "SPACE_OUT": 1 << 60}, {"SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}),
             session=r"warning: .*ssh session.*at the screen",
             devices="error: .*not on the QEMU backend && warning: .*not headless && warning: .*no serial port",
             ssh_key=r"error: .*no key \| ssh-keygen -t ed25519 -f '",
+            first_boot=r"error: .*directory \| .*config set first_boot",
             names="error: 2 machines are called km-twin: .*Rename",
             macs=f"error: km-a and km-b have one MAC address, {mac} && "
                  "warning: (km-c and Windows 11|Windows 11 and km-c) have one MAC",
@@ -6111,6 +6117,117 @@ class DoctorTest(FleetCase):
                 user.return_value = uid
                 self.assertEqual([level for level, *_ in doctor._user()], level)
             self.assertEqual([level for level, *_ in doctor._network()], ["error"])
+
+
+class FirstBootTest(FleetCase):
+    """The script that a new machine runs."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.script = os.path.join(self.folder, "my script")
+        self.write_script("#!/bin/sh", "echo hello")
+
+    def write_script(self, *lines: str) -> None:
+        with open(self.script, "w", encoding="utf-8") as file:
+            file.write("\n".join([*lines, ""]))
+
+    def with_fake_ssh(self) -> None:
+        """ssh keeps what it is sent, and ends with the status in the file `code`."""
+        self.image()
+        try:
+            greeter = Greeter(self.utm.app()["addresses"][:3])
+        except OSError:
+            self.skipTest("this machine has not so many addresses")
+        self.addCleanup(greeter.close)
+        self.config(ssh_port=greeter.port, first_boot=self.script)
+        real = os.path.join(self.utm.folder, "ssh.real")
+        with open(real, "w", encoding="utf-8") as file:
+            file.write(real + ".sh")
+        with open(real + ".sh", "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\ncat >>"{self.folder}/sent"\nexit $(cat "{self.folder}/code")\n')
+        os.chmod(real + ".sh", 0o755)
+        self.end_with(0)
+
+    def end_with(self, code: int) -> None:
+        with open(os.path.join(self.folder, "code"), "w", encoding="utf-8") as file:
+            file.write(str(code))
+
+    def sent(self) -> int:
+        """How often the script has been sent."""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.folder, "sent"), encoding="utf-8") as file:
+            return file.read().count("echo hello")
+        return 0
+
+    def test_it_runs_once_as_the_user_over_ssh_and_a_failure_is_repeated(self) -> None:
+        sshd = self.with_sshd(first_boot=self.script)
+        lines = ["#!/bin/sh -u", 'echo "user $(id -un) in $PWD: $0"', "echo to stderr >&2", 'echo "input: $(cat)"']
+        self.write_script(*lines, "exit 3")
+        failed = self.km("start", "-d", "a")
+        self.assertEqual((failed.code, failed.out), (1, ""))
+        home = os.path.expanduser("~" + pwd.getpwuid(os.geteuid()).pw_name)
+        user = re.search(r"(?m)^user (\S+) in (.*): (/.*/\.first-boot\.\w+)$", failed.err)
+        assert user, failed.err
+        self.assertEqual(user.groups()[:2], (pwd.getpwuid(os.geteuid()).pw_name, home))
+        self.assertFalse(os.path.exists(user.group(3)))
+        for words in ("running " + self.script, "to stderr", "input: \n", "exit status 3", "kodemachine ssh a"):
+            self.assertIn(words, failed.err)
+        self.assertEqual((self.states()["km-a"], self.record("a")["first_boot"]), ("started", "pending"))
+        inside = self.km("ssh", "a", "--", "echo inside")
+        self.assertEqual((inside.code, inside.out, inside.err), (0, "inside\n", ""))
+        self.write_script(*lines)
+        again = self.km("start", "-d", "a")
+        self.assertEqual((again.code, again.out), (0, sshd.hosts[0] + "\n"), again.err)
+        self.assertIn("\nuser ", again.err)
+        self.assertEqual(self.record("a")["first_boot"], "done")
+        self.assertEqual(self.km("a", "--", "echo session"), (0, "session\n", ""))
+
+    def test_only_a_new_machine_runs_it_and_a_disposable_boot_forgets_that(self) -> None:
+        self.with_fake_ssh()
+        self.vm("old")
+        self.assert_says(self.km("start", "-d", "old"), 0)
+        self.assertEqual(self.sent(), 0)
+        for options, times, state in ((["--disposable"], 1, "pending"), ([], 2, "done"), ([], 2, "done")):
+            self.assert_says(self.km("start", "-d", "a", *options), 0)
+            self.assertEqual((self.sent(), self.record("a")["first_boot"]), (times, state))
+            self.km("stop", "a")
+        self.assert_says(self.km("clone", "a", "b"), 0)
+        self.assert_says(self.km("b"), 0)                   # whose disk has all that it did
+        self.assertEqual((self.sent(), self.record("b")["first_boot"]), (2, "done"))
+        [command] = {call["argv"][-1] for call in self.utm.calls(tool="ssh") if "-T" in call["argv"]}
+        self.assertRegex(command, r"\Aexec sh -c '")
+        for call in self.utm.calls(tool="ssh"):
+            self.assertIn("StrictHostKeyChecking=yes", call["argv"])
+
+    def test_several_run_it_one_after_the_other_and_each_counts(self) -> None:
+        self.with_fake_ssh()
+        self.end_with(7)
+        result = self.km("start", "-d", "a", "b")
+        self.assertEqual((result.code, result.out, result.err.count("exit status 7"), self.sent()), (1, "", 2, 2))
+        self.end_with(0)
+        result = self.km("start", "-d", "a", "b")
+        self.assertEqual((result.code, len(result.out.splitlines()), self.sent()), (0, 2, 4), result.err)
+
+    def test_a_failure_in_a_machine_with_rm_deletes_it(self) -> None:
+        self.with_fake_ssh()
+        self.end_with(9)
+        self.assert_says(self.km("a", "--rm"), 1, "ended with exit status 9", "deleting km-a (--rm)")
+        self.assertEqual(self.utm.names(), [IMAGE])
+
+    def test_a_script_that_cannot_be_read_makes_no_machine(self) -> None:
+        self.with_fake_ssh()
+        os.unlink(self.script)
+        self.assert_says(self.km("start", "-d", "a"), 2, self.script, "config set first_boot")
+        self.assertEqual((self.utm.names(), self.asked("clone")), ([IMAGE], []))
+
+    def test_ctrl_c_ends_it_and_it_is_run_again(self) -> None:
+        self.with_sshd(first_boot=self.script)
+        self.write_script("#!/bin/sh", "echo ready", "exec sleep 30")
+        terminal = self.screen("a", TERM="xterm")
+        terminal.expect(b"ready")
+        terminal.send(b"\x03")
+        self.assertEqual(terminal.wait(), 130)
+        self.assertEqual(terminal.attributes(), terminal.before)
+        self.assertEqual(self.record("a")["first_boot"], "pending")
 
 
 class OutTest(FleetCase):
@@ -6851,6 +6968,7 @@ SCENES = {
     "spawn-paused": Scene("alpha -- true", {"alpha": "paused"}, {"alpha": "started"}, "start"),
     "spawn-running": Scene("alpha -- true", {"alpha": "started+"}, {"alpha": "started"}),
     "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
+    "spawn-hook": Scene("alpha -- true", {}, {"alpha": "started"}, SPAWN, every=4),
     "spawn-fork": Scene("alpha -- true", {"alpha": "fork"}, {"alpha": "started"}, "configure start stop", every=3),
     "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone", again=(0, 4)),
     "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
@@ -7016,6 +7134,8 @@ class World(SpawnCase):
     def setUp(self) -> None:
         super().setUp()
         self.use(boot_timeout=8, clone_timeout=2.5, stop_timeout=4)
+        if self.name == "spawn-hook":
+            self.use(first_boot=KODEMACHINE)
         for tool in ("ssh", "scp"):
             with open(os.path.join(self.utm.folder, tool + ".real"), "w", encoding="utf-8") as file:
                 file.write(shutil.which("true") or "/bin/true")
@@ -7136,6 +7256,8 @@ class World(SpawnCase):
                 self.assertEqual(others & set(found[0]["macs"]), set(), "it shares its address with another")
             if self.name == "suspend-save" and self.result.code == 0:
                 self.assertTrue(found[0]["saved"])
+            if self.name == "spawn-hook" and self.result.code == 0:
+                self.assertIn('"first_boot": "done"', self.read("machines.json"))
             if self.name == "start-sized":
                 self.assertEqual((found[0]["cpus"], found[0]["memory"]), (2, 2048))
 
