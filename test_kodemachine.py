@@ -2969,6 +2969,7 @@ class FaultTest(SpawnCase):
             ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
             ("refused", 5, 1, "Automation", {"error": -1743}),
             ("UTM's own words", 1, 1, "Kein Platz.", {"error": -2700, "string": "Kein Platz."}),
+            ("an error without words", 1, 1, "km-alpha: error -2700\n  Is the disk full?", {"error": -2700}),
             ("nothing is done and nothing said", 1, 1, "there is no new machine", {"silent": True}),
             ("-1712 for ever", 6, 1, "Run the same command again", {"error": -1712}),
             ("hung", 6, 1, "Run the same command again", {"hang": True}),
