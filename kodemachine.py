@@ -2934,6 +2934,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     label = ctx.manager.label_of(opts.name)
     if label is None:
         raise NotFound(f"{printable(opts.name)} is no machine's name")
+    ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
     try:
