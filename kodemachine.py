@@ -206,11 +206,11 @@ class Reply(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """UTM's own words: what stands on stderr and is not utmctl's."""
+        """UTM's own words: what stands on stderr and is not utmctl's; without any, the error's number."""
         own = ("Error from event: ", "NOTE: ", "WARNING: ")
         lines = [line.strip() for line in self.err.splitlines() if line.strip() and not line.startswith(own)]
-        text = lines[-1] if lines else ""
-        return text.removeprefix("Error: ")
+        number = f"error {self.numbers[-1]}" if any(self.numbers) else ""
+        return lines[-1].removeprefix("Error: ") if lines else number
 
 
 class Row(NamedTuple):
@@ -1896,7 +1896,8 @@ class Cloner:
                        and row.power is not Power.STOPPED]
             return KodeError(
                 f"UTM could not clone {base} to {name}: {printable(reply.sentence)}",
-                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running else "",
+                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running
+                else "Is the disk full? Try it in UTM's window; it may show more.",
             )
         if reply.outcome is Outcome.DONE and seconds >= SETTLE:
             return KodeError(f"UTM reported that it cloned {base}, but there is no new machine",
@@ -3866,6 +3867,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     label = ctx.manager.label_of(opts.name)
     if label is None:
         raise NotFound(f"{printable(opts.name)} is no machine's name")
+    ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
     try:

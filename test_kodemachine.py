@@ -3106,6 +3106,7 @@ class FaultTest(SpawnCase):
             ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
             ("refused", 5, 1, "Automation", {"error": -1743}),
             ("UTM's own words", 1, 1, "Kein Platz.", {"error": -2700, "string": "Kein Platz."}),
+            ("an error without words", 1, 1, "km-alpha: error -2700\n  Is the disk full?", {"error": -2700}),
             ("nothing is done and nothing said", 1, 1, "there is no new machine", {"silent": True}),
             ("-1712 for ever", 6, 1, "Run the same command again", {"error": -1712}),
             ("hung", 6, 1, "Run the same command again", {"hang": True}),
@@ -3968,7 +3969,8 @@ class ByNameTest(Case):
         return self.run_program([shutil.which(argv[0], path=self.environment["PATH"]) or argv[0], *argv[1:]])
 
     def test_ssh_reaches_a_machine_by_name(self) -> None:
-        self.assertEqual(self.by_name("ssh", "km-a", "echo here; exit 7")[:2], (7, "here\n"))
+        self.utm.fault("ip-address", delay=0.8)     # long enough for a line of progress, which would be in the way
+        self.assertEqual(self.by_name("ssh", "km-a", "echo here; exit 7"), (7, "here\n", ""))
         self.assertEqual(self.utm.machine("km-a")["status"], "started")
 
     def test_no_byte_of_a_session_passes_through_us(self) -> None:
