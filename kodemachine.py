@@ -63,6 +63,9 @@ FORCE_STAGE = 15.0      # for each stage of a forced stop
 DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
+TOOL_LIMIT = 120.0      # for curl's smaller errands, qemu-img and the like
+DOWNLOAD_LIMIT = 14400.0        # for an image, as long as it comes at all: curl sees to that
+CREATE_LIMIT = 900.0    # for a new machine's first boot, and then for cloud-init, which may install the guest agent
 SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
 SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
@@ -84,6 +87,10 @@ EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
 OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
 SCRIPT_ERROR = re.compile(r"\((-\d+)\)\s*$")
 HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
+
+UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
+CURL = ("-fsSL", "--connect-timeout", "30", "--speed-limit", "1000", "--speed-time", "60")
+PROGRAMS = ("osascript", "curl", "hdiutil", "xorriso", "genisoimage", "qemu-img", "sysctl")    # beside utmctl's verbs
 
 # Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
 RESERVED = frozenset({
@@ -275,6 +282,9 @@ class Notes:
     def tick(self) -> None:
         """Time passes."""
 
+    def progress(self, text: str) -> None:
+        """How far the step has come."""
+
     def warn(self, text: str) -> None:
         """Something the person should know, though it goes on."""
 
@@ -303,13 +313,13 @@ def outcome_of(number: int) -> Outcome:
 
 
 def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
-    """The outcome of a utmctl or osascript call that has ended by itself, by its numbers.
+    """The outcome of a call to utmctl or one of PROGRAMS that has ended by itself, by its numbers.
 
     With --hide an error of its own may precede a success (contract 4), so the last number counts; a refusal
     counts wherever it stands. The status of `exec` is the guest's, if no event failed.
     """
-    if verb == "osascript":
-        match = SCRIPT_ERROR.search(err.strip())
+    if verb in PROGRAMS:
+        match = SCRIPT_ERROR.search(err.strip()) if verb == "osascript" else None
         if code == 0:
             return Outcome.DONE, ()
         number = int(match.group(1)) if match else 0
@@ -999,7 +1009,7 @@ class Config:
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
 
 
-# ---- the choke point: utmctl and osascript
+# ---- the choke point: utmctl, osascript, and what an image is made with
 
 # The scripts for osascript (contract 7). They read the configuration, change it in place and send the whole
 # record back, because UTM removes the elements of a list that a record does not name.
@@ -1076,8 +1086,51 @@ end run
 """
 
 
+# UTM's other defaults are what a headless machine wants: UEFI, a shared network, a ptty serial port and no display.
+# It copies the disk into its own folder, and reads the seed where it is.
+MAKE = """\
+-- kodemachine: make
+on run argv
+  set {theName, theKind, theCpus, theMemory, theDisk, theSeed} to argv
+  set theDisk to POSIX file theDisk
+  set theSeed to POSIX file theSeed
+  set theCpus to theCpus as integer
+  set theMemory to theMemory as integer
+  with timeout of 900 seconds
+    tell application "UTM"
+      set theDrives to {{source:theDisk}, {removable:true, source:theSeed}}
+      set theRecord to {name:theName, architecture:theKind, cpu cores:theCpus, memory:theMemory, drives:theDrives}
+      set vm to make new virtual machine with properties {backend:qemu, configuration:theRecord}
+      return id of vm
+    end tell
+  end timeout
+end run
+"""
+DETACH = """\
+-- kodemachine: detach
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set config to configuration of vm
+    set found to drives of config
+    set drives of config to {item 1 of found}
+    update configuration of vm with config
+    set config to configuration of vm
+    set found to drives of config
+    set first_one to item 1 of found
+    return ((count of found) as text) & " " & removable of first_one
+  end tell
+end run
+"""
+INSTALL_AGENT = """\
+command -v qemu-ga >/dev/null ||
+  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
+  dnf -qy install qemu-guest-agent
+systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
+
+
 class Utmctl:
-    """The one door to utmctl and osascript: finds them, bounds every call, and says what became of it."""
+    """The one door to utmctl, osascript and PROGRAMS: finds them, bounds every call, and says what became of it."""
 
     def __init__(self, configured: str | None, interrupts: Interrupts, notes: Notes) -> None:
         self._configured, self._interrupts, self.notes = configured, interrupts, notes
@@ -1093,6 +1146,8 @@ class Utmctl:
                 places = [self._configured]
             usable = [place for place in map(os.path.expanduser, filter(None, places))
                       if os.path.isfile(place) and os.access(place, os.X_OK)]
+            if not usable and program not in ("utmctl", "osascript"):
+                raise KodeError(f"there is no {program} on PATH")
             if not usable:
                 where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
                 raise Unreachable(
@@ -1107,7 +1162,7 @@ class Utmctl:
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
               keep: Sequence[int] = ()) -> Call:
         """Starts one call; `limit` in seconds, or the verb's own. Raises Unreachable if it cannot be run."""
-        argv = [self.path("osascript"), *args] if verb == "osascript" else [self.path(), verb, *args]
+        argv = [self.path(verb), *args] if verb in PROGRAMS else [self.path(), verb, *args]
         try:
             with self._interrupts.held():       # between the child's birth and its entry here it would be lost
                 call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
@@ -1772,7 +1827,8 @@ class Cloner:
         found = intent.load()
         if not found or row.uuid in found["listed"]:
             return False
-        inherits = {"image": {"name": found["base"], "uuid": found["base_uuid"]}, **found.get("inherits", {})}
+        image = {"name": found["base"], "uuid": found["base_uuid"]}
+        inherits = {"image": image, **found.get("inherits", {})}
         self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True})
         intent.remove()
         return True
@@ -1802,12 +1858,24 @@ class Cloner:
         """
         self.must_be_free(name, rows)
         self._await_other_calls(base)
+        return self._bring(base, name, rows, f"cloning {printable(base.name)} to {name}",
+                           ("clone", base.uuid, "--name", name), inherits)
+
+    def make(self, name: str, rows: Sequence[Row], words: Sequence[str]) -> Row:
+        """Has UTM make a new machine, with the `words` behind its name in MAKE. Callers hold the fleet's lock."""
+        self.must_be_free(name, rows)
+        return self._bring(Row("", Power.STOPPED, name), name, rows, f"making {name}",
+                           ("osascript", "-e", MAKE, name, *words), {"image": None, "making": True})
+
+    def _bring(self, base: Row, name: str, rows: Sequence[Row], what: str, words: Sequence[str],
+               inherits: dict[str, Any]) -> Row:
+        """The machine that the call `words` brings; made once more if UTM has not heard it."""
         intent = Intent(self._state, name)
         for repeated in (False, True):
-            self._notes.step(f"cloning {printable(base.name)} to {name}" + " once more" * repeated)
+            self._notes.step(what + " once more" * repeated)
             found, handle = intent.declare(base, rows, inherits)
             try:
-                call = self._utm.begin("clone", base.uuid, "--name", name, limit=self._limit, keep=[handle])
+                call = self._utm.begin(*words, limit=self._limit, keep=[handle])
             except Unreachable:
                 intent.remove()             # nothing was asked of UTM
                 raise
@@ -1822,8 +1890,7 @@ class Cloner:
         intent.remove()
         assert call.reply
         number = f" ({call.reply.numbers[-1]})" if call.reply.numbers else ""
-        raise Unreachable(f"UTM did not take the order to clone {printable(base.name)}{number}",
-                          "Open UTM and try again. " + NOT_ALLOWED)
+        raise Unreachable(f"UTM did not take the order ({what}){number}", "Open UTM and try again. " + NOT_ALLOWED)
 
     def _await_other_calls(self, base: Row) -> None:
         """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
@@ -1887,6 +1954,7 @@ class Cloner:
     def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
         """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
         base = printable(found["base"])
+        deed = f"clone {base} to {name}" if found["base_uuid"] else f"make {name}"
         try:
             self._utm.insist(reply)
         except Unreachable as refusal:
@@ -1895,12 +1963,12 @@ class Cloner:
             running = [row for row in self._utm.rows() if row.uuid == found["base_uuid"]
                        and row.power is not Power.STOPPED]
             return KodeError(
-                f"UTM could not clone {base} to {name}: {printable(reply.sentence)}",
+                f"UTM could not {deed}: {printable(reply.sentence)}",
                 f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running
                 else "Is the disk full? Try it in UTM's window; it may show more.",
             )
         if reply.outcome is Outcome.DONE and seconds >= SETTLE:
-            return KodeError(f"UTM reported that it cloned {base}, but there is no new machine",
+            return KodeError(f"UTM reported that it did {deed}, but there is no new machine",
                              "Try again; is the disk full?")
         return None
 
@@ -2393,6 +2461,40 @@ class Manager:
             self._cloner.adopt(row)
             return row
 
+    def must_be_free(self, name: str, rows: Sequence[Row]) -> None:
+        """Raises WrongState if a machine bears that name."""
+        self._cloner.must_be_free(name, rows)
+
+    def made(self, name: str) -> Row | None:
+        """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
+        with self.fleet():
+            row = self._cloner.finish(name)
+            return row if row and self._cloner.adopt(row) else None
+
+    def make(self, name: str, *words: str) -> Row:
+        """Has UTM make a new machine; the words are MAKE's."""
+        with self.fleet():
+            row = self._cloner.make(name, self.utm.rows(), words)
+            self._cloner.adopt(row)
+            return row
+
+    def rename(self, vm: VM, name: str) -> None:
+        """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
+        with self.fleet():
+            self.must_be_free(name, self.utm.rows())
+            for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+                reply = self.utm.insist(vm.configure(name=name))
+                if Row(vm.uuid, Power.STOPPED, name) in self.utm.rows():
+                    vm.name = name
+                    return
+                if reply.outcome is Outcome.FAILED:
+                    break
+            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}")
+
+    def is_first_image(self, vm: VM) -> bool:
+        """Whether there is no other image, and none is configured."""
+        return not self.settings.base_image and {row.uuid for row in self.images(self.utm.rows())} <= {vm.uuid}
+
     # -- looking
 
     def running(self, label: str) -> tuple[VM, str]:
@@ -2807,6 +2909,295 @@ class Sealer:
         """Asks the guest to power off, and waits until it is."""
         self._notes.step(f"stopping {self.vm.name}")
         self.vm.ask_to_stop(self._manager.settings.stop_timeout)
+
+
+class Qcow2(NamedTuple):
+    """What the header of a qcow2 image tells; sizes in bytes, `l1_size` in entries (QEMU, docs/interop/qcow2)."""
+
+    size: int
+    cluster: int
+    l1_size: int
+    l1_offset: int
+
+
+def parse_qcow2(header: bytes) -> Qcow2:
+    """The header of an image that can be grown in place. Raises ValueError, which says what is unusual about it."""
+    import struct
+
+    if len(header) < 104 or header[:4] != b"QFI\xfb":
+        raise ValueError("it is no qcow2 image")
+    version, backing, _, bits, size, crypt, l1_size, l1_offset, _, _, snapshots = \
+        struct.unpack_from(">IQIIQIIQQII", header, 4)
+    incompatible, _, autoclear = struct.unpack_from(">QQQ", header, 72) if version == 3 else (0, 0, 0)
+    unusual = {
+        f"it is of version {version}": version not in (2, 3), "it has a backing file": backing,
+        "it is encrypted": crypt, "it has snapshots": snapshots, "it was not closed properly": incompatible & 0b11,
+        "its data is in another file": incompatible & 0b100,
+        "it uses features of a newer format": incompatible & ~0b1111,   # 0b1000: only how clusters are compressed
+        "it has bitmaps or the like": autoclear, "its clusters have a strange size": not 9 <= bits <= 21,
+    }
+    for what, here in unusual.items():
+        if here:
+            raise ValueError(what)
+    return Qcow2(size, 1 << bits, l1_size, l1_offset)
+
+
+def grow_qcow2(path: str, size: int) -> None:
+    """Makes the virtual disk of an image `size` bytes large, in place; what is added reads as zeros.
+
+    The L1 table has an entry for each cluster of 8-byte entries that each stand for a cluster. Its own clusters belong
+    to it as a whole, so it can grow up to their end: with clusters of 64 KiB, for a disk of 4 TiB.
+    Raises ValueError if that is not enough, or the image is unusual.
+    """
+    import struct
+
+    with open(path, "r+b") as file:
+        old = parse_qcow2(file.read(104))
+        entries = -(-size // (old.cluster * old.cluster // 8))
+        room = -(-old.l1_size * 8 // old.cluster) * old.cluster // 8
+        if size < old.size:
+            raise ValueError(f"its disk has {size_text(old.size)} already")
+        if entries > room or old.l1_offset % old.cluster or not old.l1_offset:
+            raise ValueError(f"its clusters of {size_text(old.cluster)} are too small for that")
+        if entries > old.l1_size:
+            file.seek(old.l1_offset + old.l1_size * 8)
+            file.write(bytes((entries - old.l1_size) * 8))
+            file.flush()
+            os.fsync(file.fileno())
+        file.seek(24)               # size, crypt method and l1_size lie together: one write changes both
+        file.write(struct.pack(">QII", size, 0, max(entries, old.l1_size)))
+
+
+class Plan(NamedTuple):
+    """What `base create` is asked for; `disk` in bytes, `memory` in MiB, `image` a URL or a path, None: Ubuntu's."""
+
+    name: str
+    image: str | None
+    disk: int
+    cpus: int
+    memory: int
+    user: str
+    key: str
+
+
+class Creator:
+    """From a distribution's cloud image to a golden image. Each step leaves behind what the next run goes on from.
+
+    The machine has a temporary name, and `making` in its record, until all is done.
+    """
+
+    def __init__(self, manager: Manager, cache: str, plan: Plan) -> None:
+        self._manager, self._utm, self._notes, self._plan = manager, manager.utm, manager.utm.notes, plan
+        self._cache = cache
+        self._working_name = "unfinished-" + plan.name      # no image's and no clone's
+
+    def create(self) -> VM:
+        """Makes the image, or goes on where an earlier run ended. Raises WrongState if a machine bears its name."""
+        with self._manager.state.lock(self._plan.name, self._manager.settings.lock_limit):
+            make_folder(self._cache)
+            row = self._begun()
+            if row is None:
+                with self._step("getting the disk"):
+                    disk = self._disk()
+                with self._step("writing the seed"):
+                    seed = self._seed()
+                with self._step(f"making the machine {self._working_name}"):
+                    row = self._manager.make(self._working_name, self._architecture(), str(self._plan.cpus),
+                                             str(self._plan.memory), disk, seed)
+            vm = VM(self._utm, row)
+            if row.name != self._plan.name:
+                if not (self._manager.record_of(vm.uuid).get("sealed") and vm.power is Power.STOPPED):
+                    self._install(vm)
+                with self._step("detaching the seed"):
+                    self._detach(vm)
+                with self._step("giving it its name"):
+                    self._manager.rename(vm, self._plan.name)
+            return vm
+
+    def done(self, vm: VM) -> None:
+        """Forgets that the machine was being made, and drops the files that were only needed for that."""
+        self._manager.state.record(vm.uuid, name=self._plan.name, making=None, sealed=None, new=None)
+        for ending in (".qcow2", ".iso"):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(ending))
+        shutil.rmtree(self._path(".seed"), ignore_errors=True)
+
+    def _path(self, ending: str) -> str:
+        return os.path.join(self._cache, self._plan.name + ending)
+
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        """Names the step in whatever fails in it."""
+        self._notes.step(what)
+        try:
+            yield
+        except KodeError as failure:
+            failure.message = f"{what}: {failure.message}"
+            failure.hint = (failure.hint + " Run the same command again: it goes on from there.").strip()
+            raise
+
+    def _begun(self) -> Row | None:
+        """The machine that an earlier run began, None if there is none and the name is free."""
+        rows = self._utm.rows()
+        records = self._manager.state.records()
+        for row in rows:
+            if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
+                return row
+        self._manager.must_be_free(self._plan.name, rows)
+        return self._manager.made(self._working_name)
+
+    # -- the disk
+
+    def _run(self, program: str, *args: str, limit: float = TOOL_LIMIT) -> str:
+        """Runs a program to its end, and returns its output. Raises KodeError with its own last words."""
+        return self._must(program, self._utm.call(program, *args, limit=limit)).out
+
+    @staticmethod
+    def _must(program: str, reply: Reply) -> Reply:
+        if reply.outcome is not Outcome.DONE:
+            raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})")
+        return reply
+
+    def _architecture(self) -> str:
+        """As UTM calls it: a Python under Rosetta would say x86_64 on a Mac that is arm64."""
+        system = os.uname()
+        arm = self._utm.call("sysctl", "-n", "hw.optional.arm64", limit=TOOL_LIMIT).out.strip() == "1" \
+            if system.sysname == "Darwin" else system.machine in ("arm64", "aarch64")
+        return "aarch64" if arm else "x86_64"
+
+    def _disk(self) -> str:
+        """A copy of the distribution's image, as large as the person wants it."""
+        kind = {"aarch64": "arm64", "x86_64": "amd64"}[self._architecture()]
+        image = self._plan.image or UBUNTU.format(kind)
+        source = self._download(image) if "://" in image else os.path.abspath(os.path.expanduser(image))
+        target, beside = self._path(".qcow2"), self._path(".qcow2.part")
+        self._notes.step(f"growing the disk to {size_text(self._plan.disk)}")
+        try:
+            shutil.copyfile(source, beside)
+            with open(beside, "rb") as file:
+                size = parse_qcow2(file.read(104)).size
+            if shutil.which("qemu-img") and self._plan.disk > size:
+                self._run("qemu-img", "resize", "-q", "-f", "qcow2", beside, str(self._plan.disk))
+            else:
+                grow_qcow2(beside, self._plan.disk)
+            os.replace(beside, target)
+        except OSError as failure:
+            raise KodeError(f"{failure.filename or beside}: {failure.strerror}") from None
+        except ValueError as failure:
+            raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
+                            "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+        return target
+
+    def _download(self, url: str) -> str:
+        """The file at a URL, from the cache or by curl, checked against the SHA256SUMS beside it."""
+        folder, _, name = url.rpartition("/")
+        target = os.path.join(self._cache, re.sub(r"[^\w.-]", "-", name))
+        part = target + ".part"
+        sums = self._run("curl", *CURL, "--url", f"{folder}/SHA256SUMS")
+        found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
+        if not found:
+            raise KodeError(f"{folder}/SHA256SUMS does not list {name}")
+        if self._digest(target) == found[1]:
+            return target
+        if self._digest(part) != found[1]:
+            self._fetch(url, part)
+            if self._digest(part) != found[1]:
+                os.unlink(part)
+                raise KodeError(f"{name} is not what {folder}/SHA256SUMS promises, and was removed")
+        os.replace(part, target)
+        return target
+
+    def _fetch(self, url: str, part: str) -> None:
+        """Downloads to `part`, after what is in it already if the server can do that."""
+        self._notes.step(f"downloading {url}")
+        for resumes in (os.path.exists(part), False):
+            call = self._utm.begin("curl", *CURL, "-C", "-", "-o", part, "--url", url, limit=DOWNLOAD_LIMIT)
+            reply = self._utm.finish(call, 0.5)
+            while reply is None:
+                with contextlib.suppress(OSError):
+                    self._notes.progress(size_text(os.path.getsize(part)))
+                reply = self._utm.finish(call, 0.5)
+            if not (resumes and reply.code in (22, 33)):        # the server refuses the range, or knows of none
+                break
+            os.unlink(part)
+        assert reply
+        self._must("curl", reply)
+
+    def _digest(self, path: str) -> str | None:
+        """The SHA-256 of a file, None if there is none."""
+        import hashlib
+
+        found = hashlib.sha256()
+        try:
+            with open(path, "rb") as file:
+                while True:
+                    data = file.read(1 << 20)
+                    if not data:
+                        return found.hexdigest()
+                    found.update(data)
+                    self._notes.tick()
+        except FileNotFoundError:
+            return None
+
+    # -- the seed
+
+    def _seed(self) -> str:
+        """An ISO image with what cloud-init's NoCloud takes: JSON, which is YAML too and quotes what needs it.
+
+        The network's profile names neither a MAC address nor a card. Nor a DHCP identifier: what is sent by default
+        follows the machine-id, which sealing takes away.
+        """
+        user = {"name": self._plan.user, "shell": "/bin/bash", "sudo": "ALL=(ALL) NOPASSWD:ALL", "lock_passwd": True,
+                "ssh_authorized_keys": [self._plan.key]}
+        files = {
+            "meta-data": {"instance-id": self._plan.name, "local-hostname": "kodeimage"},
+            "network-config": {"version": 2, "ethernets": {"any": {"match": {"name": "e*"}, "dhcp4": True}}},
+            "user-data": {"users": [user], "ssh_pwauth": False, "runcmd": [["sh", "-c", INSTALL_AGENT]]},
+        }
+        folder, target = self._path(".seed"), self._path(".iso")
+        for name, content in files.items():
+            text = "#cloud-config\n" * (name == "user-data") + json.dumps(content) + "\n"
+            write_file(os.path.join(folder, name), text)
+        program = next(filter(shutil.which, ("hdiutil", "xorriso", "genisoimage")), None)
+        if program is None:
+            raise KodeError("there is no program that makes an ISO image", "Install xorriso.")
+        if program == "hdiutil":
+            words = ["makehybrid", "-quiet", "-ov", "-iso", "-joliet", "-default-volume-name", "cidata", "-o", target]
+        else:
+            words = [*["-as", "mkisofs"] * (program == "xorriso"), "-quiet", "-V", "cidata", "-J", "-r", "-o", target]
+        self._run(program, *words, folder)
+        return target
+
+    # -- the machine
+
+    def _install(self, vm: VM) -> None:
+        """Boots it for the first time, lets cloud-init do its work, and seals it."""
+        sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
+        with self._step("booting it for the first time"):
+            sealer.wake(CREATE_LIMIT)
+        with self._step("waiting for cloud-init"):
+            code, out, err = vm.run(["cloud-init", "status", "--wait"], limit=CREATE_LIMIT)
+            last = printable((out + err).decode("utf-8", "replace").strip().rpartition("\n")[2])
+            if code == 2:
+                self._notes.warn(f"cloud-init did its work, but is not content: {last}")
+            elif code:
+                raise KodeError(f"cloud-init failed: {last}", f"See /var/log/cloud-init-output.log in {vm.name}.")
+        with self._step("sealing"):
+            sealer.apply()
+        self._manager.state.record(vm.uuid, sealed=True)
+
+    def _detach(self, vm: VM) -> None:
+        """Leaves the machine its disk alone, and proves it."""
+        for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.insist(self._utm.script(DETACH, vm.uuid))
+            if reply.outcome is Outcome.DONE and reply.out.split() == ["1", "false"]:
+                return
+            if reply.outcome is Outcome.FAILED:
+                break
+        raise KodeError(f"UTM did not take the seed out of {vm.name}: {printable(reply.sentence)}")
 
 
 # ---- doctor
@@ -3281,6 +3672,7 @@ class Out(Notes):
         self._live = sys.stderr.isatty() and not dumb and not quiet
         self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
         self._step: tuple[str, float] | None = None
+        self._progress = ""
         self._painted = 0.0
 
     def _err(self, text: str, end: str = "\n") -> None:
@@ -3295,7 +3687,7 @@ class Out(Notes):
         text, began = self._step
         elapsed = time.monotonic() - began
         if elapsed >= 0.95:
-            text += f"  {elapsed:.0f} s"
+            text += f"  {self._progress} {elapsed:.0f} s".replace("   ", "  ")
         with contextlib.suppress(OSError):
             text = text[:max(10, os.get_terminal_size(2).columns - 1)]
         self._painted = time.monotonic()
@@ -3310,11 +3702,15 @@ class Out(Notes):
     def step(self, text: str) -> None:
         """A step has begun: one line, alive until the next."""
         self.end_step()
-        self._step = (printable(text), time.monotonic())
+        self._step, self._progress = (printable(text), time.monotonic()), ""
         if self._live:
             self._paint()
         elif not self.quiet:
             self._err(printable(text))
+
+    def progress(self, text: str) -> None:
+        """Shown behind the step's name, where that line is alive."""
+        self._progress = text
 
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
@@ -4195,6 +4591,14 @@ def version(text: str) -> str:
     return "kodeimage-" + text
 
 
+def disk_size(text: str) -> int:
+    """A size of a disk, in bytes."""
+    with contextlib.suppress(ValueError):
+        if 1 << 30 <= parse_size(text) < 1 << 46:
+            return parse_size(text) >> 20 << 20
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of a disk, such as 64G")
+
+
 @command("base list", JSON)
 def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     """the images, which one new machines come from, and how many were cloned from each"""
@@ -4227,6 +4631,30 @@ def cmd_base_use(ctx: Context, opts: Arguments) -> int:
         row = ctx.manager.base(ctx.manager.utm.rows(), opts.image)
         ctx.config.set("base_image", row.name)
     ctx.out.note(f"new machines come from {row.name}")
+    return 0
+
+
+@command("base create", option("name", metavar="vX.Y.Z", type=version, help="the image's version"),
+         option("--image", metavar="URL|FILE", help="a cloud image in qcow2 format instead of Ubuntu 24.04"),
+         option("--disk", type=disk_size, default=64 << 30, metavar="SIZE", help="of the virtual disk (64G)"),
+         option("--cpus", type=count, default=4, metavar="N", help="of a machine made from it (4)"),
+         option("--memory", type=mebibytes, default=4096, metavar="SIZE", help="likewise (4G)"),
+         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"))
+def cmd_base_create(ctx: Context, opts: Arguments) -> int:
+    """make an image from nothing: download a cloud image, check it, set it up, seal it"""
+    manager = ctx.manager
+    user = user_name(opts.user or manager.settings.ssh_user)
+    plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user,
+                public_key(manager.settings.identity_file))
+    creator = Creator(manager, cache_folder(), plan)
+    vm = creator.create()
+    if manager.is_first_image(vm):
+        with manager.fleet():
+            ctx.config.set("base_image", vm.name)
+    creator.done(vm)
+    ctx.out.note(f"{vm.name} is ready; a machine from it: kodemachine project-alpha")
+    if user != user_name(manager.settings.ssh_user):
+        ctx.out.note(f"Its user is {user}: kodemachine config set ssh_user {user}")
     return 0
 
 
@@ -4400,16 +4828,25 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     return words[:i] + ["start"] * bare + words[i:], rest, bare
 
 
+def xdg_folder(variable: str, default: str) -> str:
+    """Our folder below the one that the environment names, if that is absolute, or else below the default."""
+    base = os.environ.get(variable) or ""
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser(default), "kodemachine")
+
+
 def state_folder() -> str:
     """Where the state is kept."""
-    base = os.environ.get("XDG_STATE_HOME") or ""
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.local/state"), "kodemachine")
+    return xdg_folder("XDG_STATE_HOME", "~/.local/state")
+
+
+def cache_folder() -> str:
+    """Where downloaded images are kept; it may be deleted at any time."""
+    return xdg_folder("XDG_CACHE_HOME", "~/.cache")
 
 
 def config_path() -> str:
     """Where the configuration is, unless --config names another place."""
-    base = os.environ.get("XDG_CONFIG_HOME") or ""
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "kodemachine", "config.json")
+    return os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "config.json")
 
 
 def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:

@@ -21,6 +21,7 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import http.server
 import importlib.util
 import inspect
 import itertools
@@ -40,6 +41,7 @@ import signal
 import socket
 import stat
 import string
+import struct
 import subprocess
 import sys
 import tempfile
@@ -320,6 +322,57 @@ class FakeUTM:
             self.move_bundle(vm, self.bundle_name(name))
         self.write_bundle(vm)
 
+    @staticmethod
+    def new_machine(name: str) -> Machine:
+        """One as it is unless told otherwise."""
+        return {
+            "uuid": FakeUTM.new_uuid(),
+            "name": name,
+            "status": "stopped",
+            "backend": "qemu",
+            "macs": [FakeUTM.new_mac()],
+            "memory": 4096,  # MiB
+            "cpus": 4,
+            "disk": 65536,  # bytes
+            "displays": [],
+            "ips": None,  # None: one of app.addresses at the first start
+            "serials": [],  # {kind: ptty, path} {kind: tcp, host, port} {kind: terminal}
+            "start_seconds": 0.0,
+            "resume_seconds": 0.0,
+            "suspend_seconds": 0.0,
+            "stop_seconds": 0.0,
+            "request_seconds": 0.0,  # None: never
+            "ignores_power_key": False,
+            "agent_after": 0.0,  # seconds after the start; None: never
+            "rpc_seconds": 0.0,  # how much of agent_after is "Timed out waiting for RPC."
+            "link_local_seconds": 0.0,  # how long after agent_after there is nothing but fe80
+            "stuck": [],  # states that it never leaves by itself
+            "saved": False,
+            "save_error": "",  # UTM's words when `suspend -s` fails
+            "disposable": False,
+            "shortcut": False,  # linked: its package is outside UTM's folder
+            "copied_from": None,
+            "up_at": None,
+            "drives": [{"removable": False}],
+            "bundle": FakeUTM.bundle_name(name),
+        }
+
+    def make(self, name: str, cpus: int, memory: int, disk: str, seed: str) -> float:
+        """A new machine with a ptty serial port, a disk that is a copy of a file, and a file in its removable drive."""
+        if any(vm["name"] == name for vm in self.vms):
+            raise Refused(-2700, "An existing virtual machine already exists with this name.")
+        for path in (disk, seed):
+            if not os.path.isfile(path):
+                raise Refused(-2700, "The file couldn’t be opened because there is no such file.")
+        drives = [{"removable": False, "size": os.path.getsize(disk)}, {"removable": True, "source": seed}]
+        vm = {**self.new_machine(name), "cpus": cpus, "memory": memory, "drives": drives, "serials": [{"kind": "ptty"}]}
+        self.later(self.app["clone_seconds"], "appear", vm)
+        return float(self.app["clone_seconds"])
+
+    def appear(self, vm: Machine) -> None:
+        self.vms.append(vm)
+        self.write_bundle(vm)
+
     def configure(self, vm: Machine, name: str, memory: str, cpus: str, macs: Sequence[str]) -> None:
         """What is empty stays as it is; memory in MiB. More addresses than interfaces: those are left out."""
         self.need_stopped(vm)
@@ -442,6 +495,7 @@ class Guest:
         'echo "$user:*:1000:1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
         "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
         "sshd": "",
+        "cloud-init": "echo status: done",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
         "id": 'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
@@ -1076,6 +1130,27 @@ class Osascript(Tool):
         self.utm.configure(vm, name, memory, cpus, macs)
         self.say("".join(f"{value}\n" for value in (vm["name"], vm["memory"], vm["cpus"], *vm["macs"])))
 
+    def operation_make(
+        self, name: str, architecture: str, cpus: str, memory: str, disk: str, seed: str
+    ) -> Iterator[float]:
+        """Prints the UUID of the new machine."""
+        yield 0
+        self.utm.awake()
+        if architecture not in ("aarch64", "x86_64"):
+            raise Refused(-2700, "No architecture specified in the configuration.")
+        yield self.utm.make(name, int(cpus), int(memory), disk, seed)
+        made = self.utm.find(name)
+        self.say(f"{made['uuid']}\n" if made else "")
+
+    def operation_detach(self, uuid: str) -> Iterator[float]:
+        """Leaves the first drive; prints how many there are then, and whether that one is removable."""
+        yield 0
+        vm = self.machine(uuid)
+        self.utm.need_stopped(vm)
+        vm["drives"] = vm["drives"][:1]
+        self.utm.write_bundle(vm)
+        self.say(f"{len(vm['drives'])} {str(vm['drives'][0]['removable']).lower()}\n")
+
 
 def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
     """For the demo, where there may be no sshd: becomes a shell in the guest's folder, with the guest's programs."""
@@ -1197,38 +1272,10 @@ class Utm:
 
     def add(self, name: str, **fields: Any) -> str:
         """A new machine at the end of the list; returns its UUID."""
-        vm: Machine = {
-            "uuid": FakeUTM.new_uuid(),
-            "name": name,
-            "status": "stopped",
-            "backend": "qemu",
-            "macs": [FakeUTM.new_mac()],
-            "memory": 4096,  # MiB
-            "cpus": 4,
-            "disk": 65536,  # bytes
-            "displays": [],
-            "ips": None,  # None: one of app.addresses at the first start
-            "serials": [],  # {kind: ptty, path} {kind: tcp, host, port} {kind: terminal}
-            "start_seconds": 0.0,
-            "resume_seconds": 0.0,
-            "suspend_seconds": 0.0,
-            "stop_seconds": 0.0,
-            "request_seconds": 0.0,  # None: never
-            "ignores_power_key": False,
-            "agent_after": 0.0,  # seconds after the start; None: never
-            "rpc_seconds": 0.0,  # how much of agent_after is "Timed out waiting for RPC."
-            "link_local_seconds": 0.0,  # how long after agent_after there is nothing but fe80
-            "stuck": [],  # states that it never leaves by itself
-            "saved": False,
-            "save_error": "",  # UTM's words when `suspend -s` fails
-            "disposable": False,
-            "shortcut": False,  # linked: its package is outside UTM's folder
-            "copied_from": None,
-            "up_at": None,
-        }
+        vm = FakeUTM.new_machine(name)
         unknown = set(fields) - set(vm)
         assert not unknown, f"no such fields: {unknown}"
-        vm.update(fields, bundle=FakeUTM.bundle_name(name))
+        vm.update(fields)
         with self.fake as utm:
             if vm["status"] != "stopped":
                 vm["up_at"] = utm.now
@@ -6506,6 +6553,8 @@ class ArchitectureTest(unittest.TestCase):
             "Prober",
             "VM",
             "Manager",
+            "Sealer",
+            "Creator",
             "Out",
             "Context",
             "COMMANDS",
@@ -6810,6 +6859,323 @@ class SealTest(FleetCase):
         self.config(ssh_user="me", boot_timeout=0.5)
         self.utm.change("km-alpha", agent_after=None)
         self.assert_says(self.seal(code=6), 6, "agent of km-alpha does not answer", "not running or not installed")
+
+
+def empty_qcow2(size: int) -> bytes:
+    """An image of version 3 with nothing in it: header, refcount table, one refcount block, L1 table."""
+    cluster = 65536
+    entries = -(-size // (cluster * cluster // 8))
+    header = struct.pack(">4sIQIIQIIQQIIQQQQII", b"QFI\xfb", 3, 0, 0, 16, size, 0, entries, 3 * cluster, cluster, 1,
+                         0, 0, 0, 0, 0, 4, 104) + bytes(8)
+    parts = (header, struct.pack(">Q", 2 * cluster), struct.pack(">HHHH", 1, 1, 1, 1), b"")
+    return b"".join(part.ljust(cluster, b"\0") for part in parts)
+
+
+class Qcow2Test(unittest.TestCase):
+    """Growing a disk image in place, judged by qemu-img."""
+
+    def setUp(self) -> None:
+        if not shutil.which("qemu-img"):
+            self.skipTest("no qemu-img here")
+        folder = tempfile.mkdtemp(prefix="kodemachine-test-")
+        self.addCleanup(shutil.rmtree, folder)
+        self.path = os.path.join(folder, "disk.qcow2")
+
+    def qemu_img(self, *words: str) -> str:
+        return subprocess.run(["qemu-img", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=True).stdout.decode()
+
+    def make(self, options: str, compressed: bool) -> None:
+        """An image of 5 MiB with some data, and beside it as a raw file what is in it."""
+        data = b"".join(os.urandom(4096) + bytes(200000) + b"text " * 5000 for _ in range(20))
+        data = data.ljust(5 << 20, b"\0")
+        with open(self.path + ".raw", "wb") as file:
+            file.write(data)
+        self.qemu_img("convert", "-f", "raw", "-O", "qcow2", *["-c"] * compressed, "-o", options, self.path + ".raw",
+                      self.path)
+
+    def test_images_of_every_kind_are_sound_afterwards_and_hold_what_they_held(self) -> None:
+        for compat, bits, compressed in itertools.product(("0.10", "1.1"), (14, 16, 21), (False, True)):
+            with self.subTest(compat=compat, bits=bits, compressed=compressed):
+                self.make(f"compat={compat},cluster_size={1 << bits}", compressed)
+                size = 3 << 30
+                kodemachine.grow_qcow2(self.path, size)
+                self.assertIn("No errors were found", self.qemu_img("check", self.path))
+                self.assertEqual(json.loads(self.qemu_img("info", "--output=json", self.path))["virtual-size"], size)
+                with open(self.path + ".raw", "r+b") as file:
+                    file.truncate(size)
+                self.assertIn("identical", self.qemu_img("compare", "-f", "raw", "-F", "qcow2", self.path + ".raw",
+                                                         self.path))
+                kodemachine.grow_qcow2(self.path, size)         # nothing to do
+
+    def test_a_zstd_image_grows_too(self) -> None:
+        try:
+            self.make("compat=1.1,compression_type=zstd", True)
+        except subprocess.CalledProcessError:
+            self.skipTest("this qemu-img has no zstd")
+        kodemachine.grow_qcow2(self.path, 1 << 30)
+        self.assertIn("No errors were found", self.qemu_img("check", self.path))
+
+    def test_what_is_unusual_is_refused_and_not_touched(self) -> None:
+        def header(offset: int, value: bytes) -> None:
+            with open(self.path, "r+b") as file:
+                file.seek(offset)
+                file.write(value)
+        self.make("compat=1.1", False)
+        shutil.copy(self.path, self.path + ".other")
+        cases: dict[str, Callable[[], Any]] = {
+            "snapshots": lambda: self.qemu_img("snapshot", "-c", "one", self.path),
+            "not closed properly": lambda: header(79, b"\1"),
+            "not closed": lambda: header(79, b"\2"),
+            "encrypted": lambda: header(35, b"\1"),
+            "another file": lambda: header(79, b"\4"),
+            "newer format": lambda: header(79, b"\x10"),
+            "bitmaps": lambda: self.qemu_img("bitmap", "--add", self.path, "b"),
+            "backing file": lambda: self.qemu_img("create", "-f", "qcow2", "-b", self.path + ".other", "-F", "qcow2",
+                                                  self.path),
+            "version 4": lambda: header(7, b"\4"),
+            "no qcow2 image": lambda: header(0, b"QFI"  b"\0"),
+            "too small": lambda: self.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", self.path, "5M"),
+        }
+        for words, change in cases.items():
+            with self.subTest(words):
+                self.make("compat=1.1", False)
+                change()
+                with open(self.path, "rb") as file:
+                    before = file.read()
+                with self.assertRaisesRegex(ValueError, words):
+                    kodemachine.grow_qcow2(self.path, 1 << 30)
+                with open(self.path, "rb") as file:
+                    self.assertEqual(file.read(), before)
+        self.make("compat=1.1", False)
+        with self.assertRaisesRegex(ValueError, "has 5.0M already"):
+            kodemachine.grow_qcow2(self.path, 4 << 20)
+
+
+class Mirror:
+    """A web server with an image and its SHA256SUMS, which can be told to be a bad one."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        mirror = self
+        self.files = files
+        self.asked: list[tuple[str, str | None]] = []       # path, Range
+        self.ranges = True                                  # whether it can send the rest of a file
+        self.cut = 0                                        # so many bytes of each answer are missing
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # noqa: N802 (as http.server's)
+                wanted = self.headers["Range"]
+                mirror.asked.append((self.path, wanted))
+                data = mirror.files.get(self.path)
+                start = int(re.findall(r"\d+", wanted)[0]) if wanted and mirror.ranges else 0
+                if data is None or (start and start >= len(data)):
+                    return self.send_error(404 if data is None else 416)
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:len(data) - mirror.cut * (self.path != "/SHA256SUMS")])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class CreateTest(FleetCase):
+    """From a cloud image to a golden one."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        tools = os.path.join(self.folder, "tools")
+        os.mkdir(tools)
+        for tool in ("curl", "xorriso"):
+            program = shutil.which(tool)
+            if not program:
+                self.skipTest(f"no {tool} here")
+            os.symlink(program, os.path.join(tools, tool))
+        self.environment["PATH"] = os.pathsep.join([self.bin, tools])        # without qemu-img
+        self.image_data = empty_qcow2(2 << 30) + os.urandom(300000)
+        self.mirror = Mirror({"/cloud.img": self.image_data})
+        self.addCleanup(self.mirror.close)
+        self.publish(self.image_data)
+        self.cache = os.path.join(self.home, ".cache", "kodemachine")
+        os.makedirs(os.path.join(self.home, ".ssh"))
+        with open(os.path.join(self.home, ".ssh", "id_rsa.pub"), "w", encoding="utf-8") as file:
+            file.write(PUBLIC_KEY + "\n")
+
+    def publish(self, data: bytes) -> None:
+        """The published checksum is that of `data`."""
+        text = f"{'0' * 64} *other.img\n{hashlib.sha256(data).hexdigest()} *cloud.img\n"
+        self.mirror.files["/SHA256SUMS"] = text.encode()
+
+    def create(self, *args: str, code: int = 0, image: str | None = None) -> Result:
+        image = image or self.mirror.url + "/cloud.img"
+        result = self.km("base", "create", "v0.1.0", "--image", image, "--user", "me", *args)
+        self.assertEqual(result.code, code, result.err)
+        self.assertNotIn("Traceback", result.err)
+        return result
+
+    def downloads(self) -> list[str | None]:
+        return [wanted for path, wanted in self.mirror.asked if path == "/cloud.img"]
+
+    def assert_made(self) -> None:
+        self.assertEqual(self.states(), {"kodeimage-v0.1.0": "stopped"})
+        vm = self.utm.machine("kodeimage-v0.1.0")
+        self.assertEqual((vm["cpus"], vm["memory"], vm["drives"]), (4, 4096, [vm["drives"][0]]))
+        self.assertEqual(os.listdir(self.cache), ["cloud.img"])
+        self.assertEqual(self.records()[vm["uuid"]].get("making"), None)
+        with open(os.path.join(self.utm.guest(vm["uuid"]), "etc/machine-id"), encoding="utf-8") as file:
+            self.assertEqual(file.read(), "")
+        self.assertEqual(os.listdir(os.path.join(self.state, "intents")), [])
+
+    def test_from_nothing_to_the_image_that_new_machines_come_from(self) -> None:
+        result = self.create("--cpus", "4", "--memory", "4G", "--disk", "3G")
+        self.assert_made()
+        self.assertIn("kodeimage-v0.1.0 is ready", result.err)
+        self.assertIn("kodemachine config set ssh_user me", result.err)
+        with open(os.path.join(self.home, ".config/kodemachine/config.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
+        self.assert_says(self.create(code=4), 4, "a machine kodeimage-v0.1.0 already")
+        self.assertEqual(len(self.downloads()), 1)
+
+    def test_with_another_image_there_the_configuration_stays(self) -> None:
+        self.image("kodeimage-v0.0.9")
+        self.create("-y", code=2)
+        self.create()
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".config/kodemachine/config.json")))
+
+    def test_the_seed_and_the_disk_are_what_cloud_init_and_utm_take(self) -> None:
+        self.utm.fault("make", error=-2700, string="No room.")
+        self.assert_says(self.create("--disk", "3G", code=1), 1,
+                         "making the machine unfinished-kodeimage-v0.1.0: UTM could not make", "No room.")
+        base = os.path.join(self.cache, "kodeimage-v0.1.0")
+        with open(base + ".iso", "rb") as file:
+            file.seek(32768 + 40)
+            self.assertEqual(file.read(32).rstrip(), b"cidata")
+        with open(base + ".qcow2", "rb") as file:
+            self.assertEqual(kodemachine.parse_qcow2(file.read(104)).size, 3 << 30)
+        seed = {}
+        for name in ("user-data", "meta-data", "network-config"):
+            with open(os.path.join(base + ".seed", name), encoding="utf-8") as file:
+                first, _, rest = file.read().partition("#cloud-config\n")
+                seed[name] = json.loads(rest or first)
+        self.assertEqual(seed["user-data"]["users"][0]["name"], "me")
+        self.assertEqual(seed["user-data"]["users"][0]["ssh_authorized_keys"], [PUBLIC_KEY])
+        self.assertEqual(seed["network-config"]["ethernets"]["any"]["match"], {"name": "e*"})
+        made = self.utm.calls("make", tool="osascript")[0]["argv"]
+        self.assertEqual(made[2], "unfinished-kodeimage-v0.1.0")
+        self.assertEqual(made[4:], ["4", "4096", base + ".qcow2", base + ".iso"])
+        self.utm.clear_faults()
+        self.create()
+        self.assert_made()
+        self.assertEqual(len(self.downloads()), 1)
+
+    def test_a_truncated_download_is_resumed(self) -> None:
+        self.mirror.cut = 100000
+        self.assert_says(self.create(code=1), 1, "getting the disk: curl: (18)", "Run the same command again")
+        self.assertEqual(os.listdir(self.cache), ["cloud.img.part"])
+        self.mirror.cut = 0
+        self.create()
+        self.assert_made()
+        self.assertEqual(self.downloads(), [None, f"bytes={len(self.image_data) - 100000}-"])
+
+    def test_a_server_that_cannot_resume_sends_it_all_again(self) -> None:
+        self.mirror.cut, self.mirror.ranges = 100000, False
+        self.create(code=1)
+        self.mirror.cut = 0
+        self.create()
+        self.assert_made()
+
+    def test_a_wrong_checksum_removes_the_download_and_the_next_run_succeeds(self) -> None:
+        self.publish(b"something else")
+        self.assert_says(self.create(code=1), 1, "cloud.img is not what", "and was removed")
+        self.assertEqual(os.listdir(self.cache), [])
+        self.mirror.files["/SHA256SUMS"] = b"\n"
+        self.assert_says(self.create(code=1), 1, "SHA256SUMS does not list cloud.img")
+        self.publish(self.image_data)
+        self.create()
+        self.assert_made()
+
+    def test_a_newer_image_replaces_the_one_in_the_cache(self) -> None:
+        self.create()
+        self.mirror.files["/cloud.img"] = newer = empty_qcow2(2 << 30) + b"newer"
+        self.publish(newer)
+        self.assertEqual(self.km("base", "create", "v0.2.0", "--image", self.mirror.url + "/cloud.img").code, 0)
+        with open(os.path.join(self.cache, "cloud.img"), "rb") as file:
+            self.assertEqual(file.read(), newer)
+
+    def test_a_file_serves_as_well_and_is_not_changed(self) -> None:
+        path = os.path.join(self.home, "my image.qcow2")
+        with open(path, "wb") as file:
+            file.write(self.image_data)
+        self.create(image="~/my image.qcow2")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), self.image_data)
+        self.assertEqual((self.states(), self.mirror.asked), ({"kodeimage-v0.1.0": "stopped"}, []))
+
+    def test_mistakes_and_misfortunes_are_explained(self) -> None:
+        other = os.path.join(self.home, "raw.img")
+        with open(other, "wb") as file:
+            file.write(bytes(1 << 20))
+        cases: tuple[tuple[list[str], int, str], ...] = (
+            (["--image", other], 1, "it is no qcow2 image"), (["--image", "/nosuch"], 1, "/nosuch: No such file"),
+            (["--image", self.mirror.url + "/none.img"], 1, "SHA256SUMS does not list none.img"),
+            (["--image", "http://127.0.0.1:1/a.img"], 1, "curl: (7)"), (["--disk", "1G"], 1, "has 2.0G already"),
+            (["--disk", "5M"], 2, "no size of a disk"), (["--user", "a b"], 2, "cannot be a user's name"),
+        )  # fmt: skip
+        for args, code, words in cases:
+            with self.subTest(words):
+                self.assert_says(self.create(*args, code=code), code, words)
+        self.assertEqual((self.states(), os.listdir(self.cache)), ({}, ["cloud.img"]))
+        self.utm.add("KODEIMAGE-v0.1.0")
+        self.assert_says(self.create(code=4), 4, "a machine KODEIMAGE-v0.1.0 already")
+
+    def test_a_full_disk_is_explained_and_leaves_nothing_in_the_way(self) -> None:
+        tool = os.path.join(self.folder, "tools", "curl")
+        real = os.readlink(tool)
+        os.unlink(tool)
+        with open(tool, "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\ntrap "" XFSZ\nulimit -f 200\nexec {real} "$@"\n')
+        os.chmod(tool, 0o755)
+        self.assert_says(self.create(code=1), 1, "getting the disk: curl: (23)")
+        os.unlink(tool)
+        os.symlink(real, tool)
+        self.create()
+        self.assert_made()
+
+    def test_interrupted_at_any_call_the_next_run_goes_on(self) -> None:
+        for verb, nth, when in (("make", 1, "before"), ("exec", 3, "after"), ("detach", 1, "after"),
+                                ("configure", 1, "after")):
+            with self.subTest(verb, when=when):
+                self.utm.fault(verb, kill_parent=when, nth=nth)
+                self.create(code=-signal.SIGKILL)
+                self.utm.clear_faults()
+                self.create()
+                self.assert_made()
+                self.assertEqual(len(self.downloads()), 1)
+                with self.utm.fake as utm:
+                    utm.remove(utm.vms[0]["uuid"])
+
+    def test_what_cloud_init_says_counts(self) -> None:
+        self.utm.fault("start", error=-2700, string="No memory.")
+        self.assert_says(self.create(code=1), 1, "booting it for the first time: unfinished-", "No memory.")
+        self.utm.clear_faults()
+        stub = os.path.join(self.utm.guest("unfinished-kodeimage-v0.1.0"), "bin", "cloud-init")
+        with open(stub, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho status: error\nexit 1\n")
+        self.assert_says(self.create(code=1), 1, "waiting for cloud-init: cloud-init failed: status: error")
+        with open(stub, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho status: done\nexit 2\n")
+        self.assert_says(self.create(), 0, "is not content: status: done")
+        self.assert_made()
 
 
 # ---- many at once
