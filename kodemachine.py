@@ -2236,8 +2236,8 @@ class Manager:
 
     # -- images
 
-    def machine(self, text: str) -> Row:
-        """The machine of that UTM name, UUID or label. Raises NotFound, or WrongState that names both readings."""
+    def sealable(self, text: str) -> Row:
+        """The machine of that UTM name, UUID or label, which is no image. Raises NotFound or WrongState."""
         name = self.settings.prefix + text
         rows = self.utm.rows()
         found = [row for row in rows if row.name == text or row.uuid == text.upper()
@@ -2256,10 +2256,10 @@ class Manager:
     @contextlib.contextmanager
     def sealing(self, text: str) -> Iterator[VM]:
         """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
-        row = self.machine(text)
+        row = self.sealable(text)
         name = row.name if self.label_of(row.name) else row.uuid    # foreign names may not do for a file's
         with self.state.lock(name, self.settings.lock_limit, what=printable(row.name)):
-            row = self.machine(row.uuid)
+            row = self.sealable(row.uuid)
             record = self.record_of(row.uuid)
             if record.get("saved"):
                 raise WrongState(f"{row.name} has a saved session, which sealing would lose",
@@ -2295,10 +2295,6 @@ class Manager:
             self._cloner.adopt(row)
             return row
 
-    def must_be_free(self, name: str, rows: Sequence[Row]) -> None:
-        """Raises WrongState if a machine bears that name."""
-        self._cloner.must_be_free(name, rows)
-
     def made(self, name: str) -> Row | None:
         """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
         with self.fleet():
@@ -2315,7 +2311,7 @@ class Manager:
     def rename(self, vm: VM, name: str) -> None:
         """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
         with self.fleet():
-            self.must_be_free(name, self.utm.rows())
+            Cloner.must_be_free(name, self.utm.rows())
             for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
                 reply = self.utm.insist(vm.configure(name=name))
                 if Row(vm.uuid, Power.STOPPED, name) in self.utm.rows():
@@ -2833,7 +2829,7 @@ class Creator:
                     disk = self._disk()
                 with self._step("writing the seed"):
                     seed = self._seed()
-                with self._step(f"making the machine {self._working_name}"):
+                with self._step("making the machine"):
                     row = self._manager.make(self._working_name, self._architecture(), str(self._plan.cpus),
                                              str(self._plan.memory), disk, seed)
             vm = VM(self._utm, row)
@@ -2843,6 +2839,7 @@ class Creator:
                 with self._step("detaching the seed"):
                     self._detach(vm)
                 with self._step("giving it its name"):
+                    self._notes.step(f"calling {vm.name} {self._plan.name}")
                     self._manager.rename(vm, self._plan.name)
             return vm
 
@@ -2860,7 +2857,6 @@ class Creator:
     @contextlib.contextmanager
     def _step(self, what: str) -> Iterator[None]:
         """Names the step in whatever fails in it."""
-        self._notes.step(what)
         try:
             yield
         except KodeError as failure:
@@ -2875,20 +2871,20 @@ class Creator:
         for row in rows:
             if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
                 return row
-        self._manager.must_be_free(self._plan.name, rows)
+        Cloner.must_be_free(self._plan.name, rows)
         return self._manager.made(self._working_name)
 
     # -- the disk
 
-    def _run(self, program: str, *args: str, limit: float = TOOL_LIMIT) -> str:
+    def _run(self, program: str, *args: str) -> str:
         """Runs a program to its end, and returns its output. Raises KodeError with its own last words."""
-        return self._must(program, self._utm.call(program, *args, limit=limit)).out
+        return self._must(program, self._utm.call(program, *args, limit=TOOL_LIMIT))
 
     @staticmethod
-    def _must(program: str, reply: Reply) -> Reply:
+    def _must(program: str, reply: Reply) -> str:
         if reply.outcome is not Outcome.DONE:
             raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})")
-        return reply
+        return reply.out
 
     def _architecture(self) -> str:
         """As UTM calls it: a Python under Rosetta would say x86_64 on a Mac that is arm64."""
@@ -3011,6 +3007,7 @@ class Creator:
         with self._step("booting it for the first time"):
             sealer.wake(CREATE_LIMIT)
         with self._step("waiting for cloud-init"):
+            self._notes.step(f"waiting for cloud-init in {vm.name}")
             code, out, err = vm.run(["cloud-init", "status", "--wait"], limit=CREATE_LIMIT)
             last = printable((out + err).decode("utf-8", "replace").strip().rpartition("\n")[2])
             if code == 2:

@@ -6532,7 +6532,7 @@ class CreateTest(FleetCase):
     def test_the_seed_and_the_disk_are_what_cloud_init_and_utm_take(self) -> None:
         self.utm.fault("make", error=-2700, string="No room.")
         self.assert_says(self.create("--disk", "3G", code=1), 1,
-                         "making the machine unfinished-kodeimage-v0.1.0: UTM could not make", "No room.")
+                         "making the machine: UTM could not make unfinished-kodeimage-v0.1.0: No room.")
         base = os.path.join(self.cache, "kodeimage-v0.1.0")
         with open(base + ".iso", "rb") as file:
             file.seek(32768 + 40)
@@ -6847,13 +6847,21 @@ SCENES = {
     "purge-all": Scene("purge --all -y", {"alpha": "saved", "beta": "paused"}, {"alpha": "", "beta": "", "other": ""},
                        "stop delete", every=4),
     "config": Scene("config set boot_timeout 11", {}, {}),
+    "base-list": Scene("base list", {"alpha": "started"}, {}, says=r"(?s)\*  kodeimage-v0.2.0  stopped", every=3),
+    "base-use": Scene("base use kodeimage-v0.1.0", {}, {}),
+    "seal": Scene("base seal alpha -y", {"alpha": "started+"}, {"alpha": "stopped"}, "start configure stop", every=2),
+    "seal-as": Scene("base seal alpha -y --as v0.3.0", {"alpha": "stopped"},
+                     {"alpha": "stopped", "kodeimage-v0.3.0": "stopped"}, "start configure stop clone", again=(0, 4),
+                     every=5),
+    "create": Scene("base create v0.3.0 --image cloud.img --disk 3G", {}, {"kodeimage-v0.3.0": "stopped"},
+                    "make start configure stop detach", again=(0, 4), every=5),
 }  # fmt: skip
 
 LOOKS = ("list", "status", "ip-address", "version", "attach")       # verbs of utmctl that change nothing
-DEEDS = ("clone", "start", "stop", "suspend", "delete", "exec", "configure")
+DEEDS = ("clone", "start", "stop", "suspend", "delete", "exec", "configure", "make", "detach")
 NOT_STOPPED = "The virtual machine must be stopped before this operation can be performed."
 NOT_RUNNING = "The virtual machine is not running."
-TEXTS = {"clone": [NOT_STOPPED], "delete": [NOT_STOPPED], "configure": [NOT_STOPPED],
+TEXTS = {**dict.fromkeys(("clone", "delete", "configure", "detach"), [NOT_STOPPED]),
          "start": ["Operation not available."], "stop": [NOT_RUNNING], "suspend": [NOT_RUNNING],
          **dict.fromkeys(("ip-address", "exec"), [
              NOT_RUNNING, "Timed out waiting for RPC.",
@@ -6867,7 +6875,7 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if verb in DEEDS:
             yield f"{number}-after", {"error": number, "when": "after"}
     if verb in DEEDS:
-        delay = 2.4 if verb == "clone" else 0.5         # longer than a run that looks only once more would wait
+        delay = 2.4 if verb in ("clone", "make") else 0.5   # longer than a run that only looks again would wait
         yield "-1712-late", {"error": -1712, "when": "after", "delay": delay, "report_after": 0.1}
         yield "hang-after", {"hang": True, "when": "after"}
         yield "killed-before", {"kill_parent": "before"}
@@ -6885,7 +6893,7 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"SIG{signal_name}-after", {"crash": signal_name, "when": "after"}
     for i, text in enumerate(TEXTS.get(verb, [""]), 1):
         yield f"-2700-{i}", {"error": -2700, "string": text}
-    if verb not in ("addresses", "configure"):
+    if verb not in ("addresses", "configure", "make", "detach"):
         yield "no-app", {"no_app": True}
         for language in ("de", "ja"):
             yield f"-609-{language}", {"error": -609, "language": language}
@@ -6909,12 +6917,14 @@ EXPECTED: tuple[tuple[str, set[int]], ...] = (
     ("rm/(list|status|stop|delete)/(-1743|no-app)", {0, 5}),    # at its end there is a warning, and ssh's status
     ("rm/(stop|delete)/.*", {0}),
     ("(exec|repin)/exec/(-1743|no-app)", {5}),
+    ("(seal|seal-as|create)/exec/(-1743|no-app)", {5}),
+    ("(seal|seal-as|create)/exec/.*", {0, 1, 6}),               # a lost answer is no success
     (".*/(exec|version)/(-1743|no-app)", {0}),                  # it goes without
     (".*/ip-address/(-1743|no-app)", {0, 5}),                   # some answers nobody waits for
     (".*/(-1743|no-app)", {5}),
-    (".*/clone/(-1712-before|hang|SIG.*-before)", {6}),         # it may still come
-    (".*/clone/(-2700.*|silent|garbage|unlisted)", {1}),
-    (".*/(addresses|configure|suspend)/-2700.*", {1}),
+    (".*/(clone|make)/(-1712-before|hang|SIG.*-before)", {6}),  # it may still come
+    (".*/(clone|make)/(-2700.*|silent|garbage|unlisted)", {1}),
+    (".*/(addresses|configure|suspend|detach)/-2700.*", {1}),
     ("suspend-save/suspend/-1712-late", {0, 6}),
     ("suspend-save/suspend/.*-after", {6}),                     # paused, and perhaps saved
     (".*/delete/hang", {6}),
@@ -6955,6 +6965,7 @@ class World(SpawnCase):
         **SpawnCase.PATIENCE,
         "WARM_UP": 0.3, "SETTLE": 0.5, "UNCHANGED": 0.3, "ASK_AGAIN": 0.3, "PRESS_AGAIN": 0.4, "FORCE_STAGE": 2.5,
         "LIMITS": {**dict.fromkeys(kodemachine.LIMITS, 1.5), "delete": 4.0},
+        "SEAL_LIMIT": 4.0, "CREATE_LIMIT": 6.0,
     }  # fmt: skip
 
     def __init__(self, case: str) -> None:
@@ -6972,7 +6983,15 @@ class World(SpawnCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.use(boot_timeout=8, clone_timeout=2.5, stop_timeout=4)
+        self.use(boot_timeout=8, clone_timeout=2.5, stop_timeout=4, ssh_user="me")
+        os.mkdir(os.path.join(self.home, ".ssh"))
+        with open(os.path.join(self.home, ".ssh", "id_ed25519.pub"), "w", encoding="utf-8") as file:
+            file.write(PUBLIC_KEY + "\n")
+        with open(os.path.join(self.home, "cloud.img"), "wb") as octets:
+            octets.write(empty_qcow2(2 << 30))
+        with open(os.path.join(self.bin, "hdiutil"), "w", encoding="utf-8") as file:
+            file.write('#!/bin/sh\nfor word; do case $last in -o) : >"$word";; esac; last=$word; done\n')
+        os.chmod(file.name, 0o755)
         for tool in ("ssh", "scp"):
             with open(os.path.join(self.utm.folder, tool + ".real"), "w", encoding="utf-8") as file:
                 file.write(shutil.which("true") or "/bin/true")
@@ -6997,7 +7016,8 @@ class World(SpawnCase):
         self.write("machines.json", json.dumps(records))
         self.write("known_hosts", f"km-other {host_key()}\n")
         self.before = {vm["uuid"]: vm for vm in self.utm.machines()}
-        self.targets = {"km-" + label: state for label, state in self.scene.goal.items()}
+        self.targets = {name if name.startswith("kodeimage-") else "km-" + name: state
+                        for name, state in self.scene.goal.items()}
 
     def write(self, name: str, text: str) -> None:
         with open(os.path.join(self.state, name), "w", encoding="utf-8") as file:
@@ -7094,6 +7114,12 @@ class World(SpawnCase):
                 self.assertTrue(found[0]["saved"])
             if self.name == "start-sized":
                 self.assertEqual((found[0]["cpus"], found[0]["memory"]), (2, 2048))
+            if self.name in ("seal", "create") and self.result.code == 0:
+                with open(os.path.join(self.utm.guest(name), "etc/machine-id"), encoding="utf-8") as file:
+                    self.assertEqual((file.read(), len(found[0]["drives"])), ("", 1))
+        if self.name == "base-use" and self.result.code == 0:
+            with open(os.path.join(self.home, ".config/kodemachine/config.json"), encoding="utf-8") as file:
+                self.assertEqual(json.load(file), {**self.uses, "base_image": "kodeimage-v0.1.0"})
 
     def assert_nothing_else_touched(self) -> None:
         """At most one clone per label; nobody else was changed, or even asked to change."""
@@ -7103,14 +7129,15 @@ class World(SpawnCase):
                 self.assertEqual([other for other in now if other["uuid"] == uuid], [vm])
         new = {vm["uuid"]: vm["name"] for vm in now if vm["uuid"] not in self.before}
         self.assertEqual(sorted(set(new.values())), sorted(new.values()), "more than one clone of a label")
-        self.assertLessEqual(len(new), len(self.targets) if "clone" in self.scene.may else 0)
-        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == "kodeimage-v0.2.0"]
+        self.assertLessEqual(len(new), len(self.targets) if {"clone", "make"} & set(self.scene.may.split()) else 0)
+        bases = [uuid for uuid, vm in self.before.items()
+                 if vm["name"] == "kodeimage-v0.2.0" and self.name != "seal-as"]
         theirs = {uuid for uuid, vm in self.before.items() if vm["name"] not in self.targets}
         for call in self.utm.calls() + self.utm.calls(tool="osascript"):
             if call["verb"] not in (*LOOKS, "addresses", "exec"):
                 self.assertIn(call["verb"], self.scene.may.split(), call["argv"])
                 named = set(UUID.findall(" ".join(call["argv"])))
-                self.assertEqual(len(named), 1, call["argv"])
+                self.assertEqual(len(named), int(call["verb"] != "make"), call["argv"])
                 self.assertEqual(named & theirs, set(bases) if call["verb"] == "clone" else set(), call["argv"])
 
     def assert_files_are_whole(self, rest: bool = False) -> None:
@@ -7192,6 +7219,10 @@ class MatrixTest(unittest.TestCase):
 
     def test_deleting_gets_over_it(self) -> None:
         self.hold("delete/delete:1/-10000-after", "purge/delete:2/-2700-1", "delete-force/list:2/garbage")
+
+    def test_making_an_image_gets_over_it(self) -> None:
+        self.hold("seal/exec:3/silent", "seal-as/clone:1/-10004-after", "create/make:1/-1712-after",
+                  "base-use/list:1/-1743")
 
     def test_the_run_after_a_kill_9_ends_in_what_was_asked_for(self) -> None:
         self.hold("spawn-missing/clone:1/killed-before-slow", "delete-force/stop:1/killed-after",
