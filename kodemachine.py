@@ -1076,6 +1076,8 @@ command -v qemu-ga >/dev/null ||
   { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
   dnf -qy install qemu-guest-agent
 systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
+# How cloud-init ended, and what it was given: without a seed it ends well, and has done nothing.
+CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
 
 
 class Utmctl:
@@ -1105,7 +1107,7 @@ class Utmctl:
                     if program == "utmctl"
                     else MAC_SETTING,
                 )
-            self._found[program] = os.path.realpath(usable[0])
+            self._found[program] = os.path.realpath(usable[0]) if program == "utmctl" else usable[0]
         return self._found[program]
 
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
@@ -2511,7 +2513,10 @@ fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
 find_user() { id -u "$user" >/dev/null 2>&1 || echo "there is no user $user"; }
 fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
 
-keys() { printf '%s/.ssh/authorized_keys\n' "$(awk -F : -v user="$user" '$1 == user { print $6 }' /etc/passwd)"; }
+keys() {
+  home=$(getent passwd "$user" | cut -d : -f 6)
+  printf '%s/.ssh/authorized_keys\n' "${home:-/nonexistent}"
+}
 find_key() {
   grep -qs "^[^#]*$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)" "$(keys)" || echo "$user does not have your ssh key"
 }
@@ -3004,16 +3009,20 @@ class Creator:
     def _install(self, vm: VM) -> None:
         """Boots it for the first time, lets cloud-init do its work, and seals it."""
         sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
+        anew = f"To begin anew, delete {vm.name} in UTM."
         with self._step("booting it for the first time"):
             sealer.wake(CREATE_LIMIT)
         with self._step("waiting for cloud-init"):
             self._notes.step(f"waiting for cloud-init in {vm.name}")
-            code, out, err = vm.run(["cloud-init", "status", "--wait"], limit=CREATE_LIMIT)
-            last = printable((out + err).decode("utf-8", "replace").strip().rpartition("\n")[2])
+            code, out, err = vm.run(["/bin/sh", "-c", CLOUD_INIT], limit=CREATE_LIMIT)
+            status, _, result = (out + err).decode("utf-8", "replace").partition("{")
+            status = " ".join(status.lstrip(".").split())[:300]
+            if "DataSourceNone" in result:
+                raise KodeError(f"cloud-init has not found its seed in {vm.name}, or cannot read an ISO image", anew)
             if code == 2:
-                self._notes.warn(f"cloud-init did its work, but is not content: {last}")
+                self._notes.warn(f"cloud-init did its work, but is not content: {status}")
             elif code:
-                raise KodeError(f"cloud-init failed: {last}", f"See /var/log/cloud-init-output.log in {vm.name}.")
+                raise KodeError(f"cloud-init failed: {status}", f"See /var/log/cloud-init-output.log there. {anew}")
         with self._step("sealing"):
             sealer.apply()
         self._manager.state.record(vm.uuid, sealed=True)
@@ -3200,7 +3209,7 @@ class Out(Notes):
         text, began = self._step
         elapsed = time.monotonic() - began
         if elapsed >= 0.95:
-            text += f"  {self._progress} {elapsed:.0f} s".replace("   ", "  ")
+            text += "  " + " ".join(filter(None, (self._progress, f"{elapsed:.0f} s")))
         with contextlib.suppress(OSError):
             text = text[:max(10, os.get_terminal_size(2).columns - 1)]
         self._painted = time.monotonic()
