@@ -1776,7 +1776,7 @@ class Cloner:
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
-                             "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+                             "Rename it in UTM, whose folders do not tell upper from lower case, or take another name.")
 
     def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
         """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
@@ -2494,7 +2494,7 @@ tidy() {
     *) fix_"$1" >/dev/null 2>&1 </dev/null; say "$1" 'done' "$found";;
   esac
 }
-enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
+enabled() { systemctl is-enabled "$1" >/dev/null 2>&1; }
 start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
 remove() { while read -r file; do rm -f "$file"; done; }
 
@@ -2539,7 +2539,10 @@ fix_sudo() {
 }
 
 case $(uname -m) in aarch64 | arm64) port=ttyAMA0;; *) port=ttyS0;; esac
-find_console() { enabled "serial-getty@$port.service" || echo "nobody can log in on the serial port $port"; }
+find_console() {
+  [ "$(systemctl is-enabled "serial-getty@$port.service" 2>/dev/null)" = enabled ] ||    # enabled-runtime is for a boot
+    echo "nobody can log in on the serial port $port"
+}
 fix_console() { start_at_boot "serial-getty@$port.service"; }
 
 # Profiles that hold for one MAC address, or for one name of a card, which a removed drive can change. What is pinned
@@ -2915,7 +2918,8 @@ class Creator:
                 grow_qcow2(beside, self._plan.disk)
             os.replace(beside, target)
         except OSError as failure:
-            raise KodeError(f"{failure.filename or beside}: {failure.strerror}") from None
+            where = beside if failure.errno == errno.ENOSPC else failure.filename or beside
+            raise KodeError(f"{where}: {failure.strerror}") from None
         except ValueError as failure:
             raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
                             "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None

@@ -482,7 +482,7 @@ class Guest:
         "hostnamectl": 'case $1 in set-hostname|hostname) printf "%s\\n" "$2" |\n'
         'tee "$ROOT/proc/sys/kernel/hostname" >"$ROOT/etc/hostname";; esac',
         "systemctl": "list=$ROOT/etc/systemd/enabled\nfor unit; do :; done\n"
-        "case $1 in is-active) echo active;; is-enabled) grep -qx \"$unit\" $list;;\n"
+        "case $1 in is-active) echo active;; is-enabled) grep -qx \"$unit\" $list && echo enabled;;\n"
         'enable) case $unit in serial-getty@*) ;; *) [ -e "$ROOT/etc/systemd/system/$unit" ] || exit 1;; esac\n'
         'grep -qx "$unit" $list || echo "$unit" >>$list;;\npoweroff) : >"$ROOT/power-off";; esac',
         "useradd": 'for user; do :; done\nmkdir -p "$ROOT/home/$user"\n'
