@@ -2249,8 +2249,7 @@ class Manager:
                              + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
         if not found:
             raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
-        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-") \
-                or found[0].name == self.configured(rows):
+        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-"):
             raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
                              "Seal a clone of it instead.")
         return found[0]
