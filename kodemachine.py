@@ -1127,6 +1127,8 @@ command -v qemu-ga >/dev/null ||
   { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
   dnf -qy install qemu-guest-agent
 systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
+# How cloud-init ended, and what it was given: without a seed it ends well, and has done nothing.
+CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
 
 
 class Utmctl:
@@ -1156,7 +1158,7 @@ class Utmctl:
                     if program == "utmctl"
                     else MAC_SETTING,
                 )
-            self._found[program] = os.path.realpath(usable[0])
+            self._found[program] = os.path.realpath(usable[0]) if program == "utmctl" else usable[0]
         return self._found[program]
 
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
@@ -1849,7 +1851,7 @@ class Cloner:
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
-                             "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+                             "Rename it in UTM, whose folders do not tell upper from lower case, or take another name.")
 
     def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
         """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
@@ -2402,8 +2404,8 @@ class Manager:
 
     # -- images
 
-    def machine(self, text: str) -> Row:
-        """The machine of that UTM name, UUID or label. Raises NotFound, or WrongState that names both readings."""
+    def sealable(self, text: str) -> Row:
+        """The machine of that UTM name, UUID or label, which is no image. Raises NotFound or WrongState."""
         name = self.settings.prefix + text
         rows = self.utm.rows()
         found = [row for row in rows if row.name == text or row.uuid == text.upper()
@@ -2413,8 +2415,7 @@ class Manager:
                              + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
         if not found:
             raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
-        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-") \
-                or found[0].name == self.configured(rows):
+        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-"):
             raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
                              "Seal a clone of it instead.")
         return found[0]
@@ -2422,10 +2423,10 @@ class Manager:
     @contextlib.contextmanager
     def sealing(self, text: str) -> Iterator[VM]:
         """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
-        row = self.machine(text)
+        row = self.sealable(text)
         name = row.name if self.label_of(row.name) else row.uuid    # foreign names may not do for a file's
         with self.state.lock(name, self.settings.lock_limit, what=printable(row.name)):
-            row = self.machine(row.uuid)
+            row = self.sealable(row.uuid)
             record = self.record_of(row.uuid)
             if record.get("saved"):
                 raise WrongState(f"{row.name} has a saved session, which sealing would lose",
@@ -2461,10 +2462,6 @@ class Manager:
             self._cloner.adopt(row)
             return row
 
-    def must_be_free(self, name: str, rows: Sequence[Row]) -> None:
-        """Raises WrongState if a machine bears that name."""
-        self._cloner.must_be_free(name, rows)
-
     def made(self, name: str) -> Row | None:
         """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
         with self.fleet():
@@ -2481,7 +2478,7 @@ class Manager:
     def rename(self, vm: VM, name: str) -> None:
         """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
         with self.fleet():
-            self.must_be_free(name, self.utm.rows())
+            Cloner.must_be_free(name, self.utm.rows())
             for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
                 reply = self.utm.insist(vm.configure(name=name))
                 if Row(vm.uuid, Power.STOPPED, name) in self.utm.rows():
@@ -2664,7 +2661,7 @@ tidy() {
     *) fix_"$1" >/dev/null 2>&1 </dev/null; say "$1" 'done' "$found";;
   esac
 }
-enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
+enabled() { systemctl is-enabled "$1" >/dev/null 2>&1; }
 start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
 remove() { while read -r file; do rm -f "$file"; done; }
 
@@ -2683,7 +2680,10 @@ fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
 find_user() { id -u "$user" >/dev/null 2>&1 || echo "there is no user $user"; }
 fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
 
-keys() { printf '%s/.ssh/authorized_keys\n' "$(awk -F : -v user="$user" '$1 == user { print $6 }' /etc/passwd)"; }
+keys() {
+  home=$(getent passwd "$user" | cut -d : -f 6)
+  printf '%s/.ssh/authorized_keys\n' "${home:-/nonexistent}"
+}
 find_key() {
   grep -qs "^[^#]*$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)" "$(keys)" || echo "$user does not have your ssh key"
 }
@@ -2706,7 +2706,10 @@ fix_sudo() {
 }
 
 case $(uname -m) in aarch64 | arm64) port=ttyAMA0;; *) port=ttyS0;; esac
-find_console() { enabled "serial-getty@$port.service" || echo "nobody can log in on the serial port $port"; }
+find_console() {
+  [ "$(systemctl is-enabled "serial-getty@$port.service" 2>/dev/null)" = enabled ] ||    # enabled-runtime is for a boot
+    echo "nobody can log in on the serial port $port"
+}
 fix_console() { start_at_boot "serial-getty@$port.service"; }
 
 # Profiles that hold for one MAC address, or for one name of a card, which a removed drive can change. What is pinned
@@ -3001,7 +3004,7 @@ class Creator:
                     disk = self._disk()
                 with self._step("writing the seed"):
                     seed = self._seed()
-                with self._step(f"making the machine {self._working_name}"):
+                with self._step("making the machine"):
                     row = self._manager.make(self._working_name, self._architecture(), str(self._plan.cpus),
                                              str(self._plan.memory), disk, seed)
             vm = VM(self._utm, row)
@@ -3011,6 +3014,7 @@ class Creator:
                 with self._step("detaching the seed"):
                     self._detach(vm)
                 with self._step("giving it its name"):
+                    self._notes.step(f"calling {vm.name} {self._plan.name}")
                     self._manager.rename(vm, self._plan.name)
             return vm
 
@@ -3028,7 +3032,6 @@ class Creator:
     @contextlib.contextmanager
     def _step(self, what: str) -> Iterator[None]:
         """Names the step in whatever fails in it."""
-        self._notes.step(what)
         try:
             yield
         except KodeError as failure:
@@ -3043,20 +3046,20 @@ class Creator:
         for row in rows:
             if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
                 return row
-        self._manager.must_be_free(self._plan.name, rows)
+        Cloner.must_be_free(self._plan.name, rows)
         return self._manager.made(self._working_name)
 
     # -- the disk
 
-    def _run(self, program: str, *args: str, limit: float = TOOL_LIMIT) -> str:
+    def _run(self, program: str, *args: str) -> str:
         """Runs a program to its end, and returns its output. Raises KodeError with its own last words."""
-        return self._must(program, self._utm.call(program, *args, limit=limit)).out
+        return self._must(program, self._utm.call(program, *args, limit=TOOL_LIMIT))
 
     @staticmethod
-    def _must(program: str, reply: Reply) -> Reply:
+    def _must(program: str, reply: Reply) -> str:
         if reply.outcome is not Outcome.DONE:
             raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})")
-        return reply
+        return reply.out
 
     def _architecture(self) -> str:
         """As UTM calls it: a Python under Rosetta would say x86_64 on a Mac that is arm64."""
@@ -3082,7 +3085,8 @@ class Creator:
                 grow_qcow2(beside, self._plan.disk)
             os.replace(beside, target)
         except OSError as failure:
-            raise KodeError(f"{failure.filename or beside}: {failure.strerror}") from None
+            where = beside if failure.errno == errno.ENOSPC else failure.filename or beside
+            raise KodeError(f"{where}: {failure.strerror}") from None
         except ValueError as failure:
             raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
                             "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
@@ -3176,15 +3180,20 @@ class Creator:
     def _install(self, vm: VM) -> None:
         """Boots it for the first time, lets cloud-init do its work, and seals it."""
         sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
+        anew = f"To begin anew, delete {vm.name} in UTM."
         with self._step("booting it for the first time"):
             sealer.wake(CREATE_LIMIT)
         with self._step("waiting for cloud-init"):
-            code, out, err = vm.run(["cloud-init", "status", "--wait"], limit=CREATE_LIMIT)
-            last = printable((out + err).decode("utf-8", "replace").strip().rpartition("\n")[2])
+            self._notes.step(f"waiting for cloud-init in {vm.name}")
+            code, out, err = vm.run(["/bin/sh", "-c", CLOUD_INIT], limit=CREATE_LIMIT)
+            status, _, result = (out + err).decode("utf-8", "replace").partition("{")
+            status = " ".join(status.lstrip(".").split())[:300]
+            if "DataSourceNone" in result:
+                raise KodeError(f"cloud-init has not found its seed in {vm.name}, or cannot read an ISO image", anew)
             if code == 2:
-                self._notes.warn(f"cloud-init did its work, but is not content: {last}")
+                self._notes.warn(f"cloud-init did its work, but is not content: {status}")
             elif code:
-                raise KodeError(f"cloud-init failed: {last}", f"See /var/log/cloud-init-output.log in {vm.name}.")
+                raise KodeError(f"cloud-init failed: {status}", f"See /var/log/cloud-init-output.log there. {anew}")
         with self._step("sealing"):
             sealer.apply()
         self._manager.state.record(vm.uuid, sealed=True)
@@ -3687,7 +3696,7 @@ class Out(Notes):
         text, began = self._step
         elapsed = time.monotonic() - began
         if elapsed >= 0.95:
-            text += f"  {self._progress} {elapsed:.0f} s".replace("   ", "  ")
+            text += "  " + " ".join(filter(None, (self._progress, f"{elapsed:.0f} s")))
         with contextlib.suppress(OSError):
             text = text[:max(10, os.get_terminal_size(2).columns - 1)]
         self._painted = time.monotonic()
