@@ -3367,7 +3367,7 @@ class Doctor:
         if not any(os.path.exists(os.path.join(folder, "id_" + kind)) for kind in
                    ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk")) and not agent_keys():     # ssh_config(5)
             yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
-                   "ssh-keygen -t ed25519, then put the .pub file into the image (README: The golden image)")
+                   "ssh-keygen -t ed25519; what `kodemachine base seal` makes of a machine lets that key in")
 
     def _first_boot(self) -> Iterable[Words]:
         if self._settings.first_boot:
@@ -3409,8 +3409,8 @@ class Doctor:
             for part in value if isinstance(value, list) else [value] * bool(value):
                 holders.setdefault(str(part), []).append(row.name)
         for names in dict.fromkeys(" and ".join(names) for names in holders.values() if len(names) > 1):
-            yield (WARNING, f"{names} {words}", "Make their image forget them (README: The golden image), then: "
-                   "kodemachine start LABEL --fresh")
+            yield (WARNING, f"{names} {words}", "Make an image that forgets them (kodemachine base seal LABEL --as "
+                   "vX.Y.Z), then each machine anew: kodemachine start LABEL --fresh")
 
     def _addresses(self) -> Iterable[Words]:
         running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]

@@ -3019,9 +3019,11 @@ class ForkTest(SpawnCase):
 
     def identity(self, name: str) -> list[str]:
         """The machine-id and the host key inside of it."""
-        paths = [os.path.join(self.utm.guest(name), "etc", *parts)
-                 for parts in (("machine-id",), ("ssh", "ssh_host_ed25519_key.pub"))]  # fmt: skip
-        return [open(path, encoding="utf-8").read().strip() for path in paths]  # noqa: SIM115
+        found = []
+        for path in ("machine-id", "ssh/ssh_host_ed25519_key.pub"):
+            with open(os.path.join(self.utm.guest(name), "etc", path), encoding="utf-8") as file:
+                found.append(file.read().strip())
+        return found
 
     def requests(self, name: str) -> list[str]:
         uuid = self.utm.machine(name)["uuid"]
@@ -7348,7 +7350,8 @@ SCENES = {
     "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
     "spawn-hook": Scene("alpha -- true", {}, {"alpha": "started"}, SPAWN, every=4),
     "spawn-fork": Scene("alpha -- true", {"alpha": "fork"}, {"alpha": "started"}, "configure start stop", every=3),
-    "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone", again=(0, 4)),
+    "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone configure",
+                   again=(0, 4)),
     "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
     "start-two": Scene("start -d alpha beta", {}, {"alpha": "started", "beta": "started"}, SPAWN,
                        r"(?m)\A(alpha|beta) 127\S+\n(alpha|beta) 127\S+\Z", every=4),
@@ -7753,6 +7756,10 @@ class MatrixTest(unittest.TestCase):
     def test_a_first_start_gets_over_it(self) -> None:
         self.hold("spawn-missing/addresses:1/silent", "spawn-missing/configure:1/-609-before",
                   "spawn-stopped/exec:1/garbage")
+
+    def test_a_copy_and_its_first_start_get_over_it(self) -> None:
+        self.hold("clone/clone:1/-1712-late", "spawn-fork/exec:1/hang-after", "spawn-fork/stop:1/killed-after",
+                  "spawn-hook/list:2/killed", "doctor/addresses:1/-1743")
 
     def test_looking_gets_over_it(self) -> None:
         self.hold("list/ip-address:1/-2700-2", "status/list:1/-609-ja", "attach/attach:1/SIGABRT-before")
