@@ -63,6 +63,7 @@ FORCE_STAGE = 15.0      # for each stage of a forced stop
 DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
+GLANCE = 2.0            # for a look at the fleet that nobody has asked for: Tab, and the first screen
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
@@ -463,16 +464,33 @@ def age_text(seconds: float | None) -> str:
     return f"{int(seconds / 86400)}d"
 
 
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes: some characters are two wide, and some stand on the one before."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def cut(text: str, room: int) -> str:
+    """As much of a text as fits into so many columns."""
+    while cells(text) > max(0, room):
+        text = text[:-1]
+    return text
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
           expendable: Sequence[str] = ()) -> str:
     """Aligned columns. If they are wider than `width`, the expendable ones go, in their order, until they fit."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
     for name in expendable:
-        if width is None or sum(max(map(len, column)) + 2 for column in columns) - 2 <= width:
+        if width is None or sum(max(map(cells, column)) + 2 for column in columns) - 2 <= width:
             break
         columns = [column for column in columns if column[0] != name]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in zip(*columns))
+    widths = [max(map(cells, column)) for column in columns]
+    return "\n".join("  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(line, widths)).rstrip()
+                     for line in zip(*columns))
 
 
 def iso_time(when: float) -> str:
@@ -1163,6 +1181,20 @@ class Utmctl:
             "Is UTM asking something on the screen? Do not "
             "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."),
         )
+
+    def glimpse(self, limit: float) -> list[Row]:
+        """What one list tells within `limit` seconds, believed as it is: for looking, never for acting.
+
+        Raises Unreachable or TimedOut.
+        """
+        reply = self.insist(self.call("list", limit=limit))
+        rows, _ = parse_list(reply.out)
+        if reply.outcome is Outcome.HUNG:
+            raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow. See: kodemachine list")
+        if reply.outcome is not Outcome.DONE and not rows:
+            raise Unreachable(f"UTM gave no list ({', '.join(map(str, reply.numbers)) or reply.outcome.value})",
+                              "It may only be starting. See: kodemachine list")
+        return rows
 
     def close(self) -> None:
         """Ends whatever is still under way; used once, on the way out."""
@@ -2441,10 +2473,12 @@ class Out(Notes):
         assert self._step
         text, began = self._step
         elapsed = time.monotonic() - began
-        if elapsed >= 0.95:
-            text += f"  {elapsed:.0f} s"
-        with contextlib.suppress(OSError):
-            text = text[:max(10, os.get_terminal_size(2).columns - 1)]
+        clock = f"  {elapsed:.0f} s" if elapsed >= 0.95 else ""
+        if not end:             # a line that is alive must not wrap: only one row of it can be painted over
+            with contextlib.suppress(OSError):
+                room = os.get_terminal_size(2).columns or 80        # 0: nobody has told the terminal its size
+                text = cut(text, room - 1 - len(clock))
+        text += clock
         self._painted = time.monotonic()
         self._err("\r\x1b[K" + (f"\x1b[2m{text}\x1b[0m" if self._colour and end else text), end)
 
@@ -2563,24 +2597,41 @@ class Command(NamedTuple):
     options: tuple[Option, ...]
     aliases: tuple[str, ...]
     hidden: bool
+    examples: tuple[str, ...]       # command lines, without the program's name
 
 
 COMMANDS: dict[str, Command] = {}      # "base seal" is the command `seal` of the group `base`
 GROUPS = {"base": "golden images: show, choose, seal and create them"}
 
 
-def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False) -> \
+# The headings of the help, and the commands below them; those that stand nowhere come last.
+TOPICS = {"work in a machine": "start ssh exec cp attach", "see what there is": "list status ip doctor",
+          "turn off, keep, clear away": "stop suspend resume clone delete purge",
+          "images, settings, other tools": "base config ssh-config completion help"}
+
+
+def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False,
+            examples: Sequence[str] = ()) -> \
         Callable[[Callable[[Context, Arguments], int]], Callable[[Context, Arguments], int]]:
     """Enters a function in the command table; the first line of its docstring is its help."""
     def enter(run: Callable[[Context, Arguments], int]) -> Callable[[Context, Arguments], int]:
-        COMMANDS[name] = Command(run, options, tuple(aliases), hidden)
+        COMMANDS[name] = Command(run, options, tuple(aliases), hidden, tuple(examples))
         return run
     return enter
 
 
 def option(*names: str, **how: Any) -> Option:
-    """One argument of a command, as argparse takes it."""
+    """One argument of a command, as argparse takes it. What the help calls its value is what Tab offers (WORDS)."""
     return names, how
+
+
+def all_names() -> set[str]:
+    """What can be explained: every command and alias, and the groups of those of two words."""
+    names = set(GROUPS) & {name.partition(" ")[0] for name in COMMANDS}
+    for name, entry in COMMANDS.items():
+        group, blank, _ = name.rpartition(" ")
+        names |= {name, *(group + blank + alias for alias in entry.aliases)}
+    return names
 
 
 def seconds(text: str) -> float:
@@ -2739,7 +2790,8 @@ def wishes_of(opts: Arguments) -> Wishes:
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),
          option("--gui", action="store_true", help="do not hide UTM"),
-         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"))
+         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
+         examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
@@ -2847,7 +2899,8 @@ def throw_out(ctx: Context, vm: VM, label: str) -> None:
 
 
 @command("ssh", LABEL_ARG, option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
-         option("--gui", action="store_true", help="do not hide UTM"))
+         option("--gui", action="store_true", help="do not hide UTM"),
+         examples=["ssh project-alpha", "ssh project-alpha -- tail -f /var/log/syslog"])
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     """start if needed and connect, or run what follows --, but never clone"""
     label = ctx.manager.label(opts.label)
@@ -2857,7 +2910,8 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
         hand_over(ctx, vm, ctx.manager.bring_up(vm, label, wishes, call), opts)
 
 
-@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"))
+@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"),
+         examples=["exec project-alpha -- ip addr", "exec project-alpha --input -- tee /etc/motd"])
 def cmd_exec(ctx: Context, opts: Arguments) -> int:
     """run what follows -- as root through the guest agent, without network or ssh"""
     if not opts.rest:
@@ -2875,7 +2929,8 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
 
 
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
-         option("-r", action="store_true", dest="recursive", help="whole folders"))
+         option("-r", action="store_true", dest="recursive", help="whole folders"),
+         examples=["cp notes.txt project-alpha:", "cp -r project-alpha:results ."])
 def cmd_cp(ctx: Context, opts: Arguments) -> int:
     """copy files to, from and between running machines"""
     if len(opts.paths) < 2:
@@ -2896,7 +2951,8 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.name_options()), "--", *operands])
 
 
-@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"))
+@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
+         examples=["ssh-config --install"])
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """what lets ssh, scp, rsync, git and editors use machines by name"""
     lines = [f"Host {ctx.manager.settings.prefix}*"] + [f"  {key} {value}" for key,
@@ -2951,7 +3007,8 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
          option("-q", action="store_true", dest="labels_only", help="labels only"),
-         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"])
+         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"],
+         examples=["list", "list -a", "list --json"])
 def cmd_list(ctx: Context, opts: Arguments) -> int:
     """the machines, their state, address and size"""
     manager, out = ctx.manager, ctx.out
@@ -2987,7 +3044,8 @@ def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]
     return table(header, safe, ctx.out.width, ("MEMORY", "SIZE", "AGE", "FREES", "IMAGE", "IP"))
 
 
-@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON, aliases=["info"])
+@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON,
+         aliases=["info"], examples=["status", "status project-alpha"])
 def cmd_status(ctx: Context, opts: Arguments) -> int:
     """one machine in full, or the installation at a glance"""
     facts = machine_facts(ctx, opts.label) if opts.label else installation_facts(ctx)
@@ -3037,7 +3095,8 @@ def installation_facts(ctx: Context) -> dict[str, Any]:
 
 
 @command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest tells"),
-         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"))
+         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"),
+         examples=["ip project-alpha", "ip project-alpha --wait 60"])
 def cmd_ip(ctx: Context, opts: Arguments) -> int:
     """the address that answers, alone on stdout"""
     vm = ctx.manager.find(ctx.manager.label(opts.label))
@@ -3057,7 +3116,8 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
 @command("attach", LABEL_ARG, option("--index", type=int, metavar="N", help="the N-th serial port, from 0"),
          option("--log", metavar="FILE", help="also append what the guest says to FILE"),
          option("--escape", default="ctrl-]", metavar="KEY", help="the key that leaves, or none (ctrl-])"),
-         option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"))
+         option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"),
+         examples=["attach project-alpha", "attach project-alpha --log boot.log"])
 def cmd_attach(ctx: Context, opts: Arguments) -> int:
     """a direct serial pipe to the guest, for when the network fails"""
     escape = escape_byte(opts.escape)
@@ -3106,7 +3166,8 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
 
 @command("stop", LABELS, ALL, option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has"),
          option("-f", "--force", action="store_true", help="do not ask the guest"),
-         option("--kill", action="store_true", help="end the machine's process"))
+         option("--kill", action="store_true", help="end the machine's process"),
+         examples=["stop project-alpha", "stop --all -t 120", "stop --force project-alpha"])
 def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
     def stop(label: str) -> str:
@@ -3119,7 +3180,8 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
     return each(ctx, labels, stop, ctx.out.note) if labels else 0
 
 
-@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"))
+@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"),
+         examples=["suspend project-alpha", "suspend --all --save"])
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     """pause to memory, or to disk"""
     def suspend(label: str) -> str:
@@ -3129,7 +3191,7 @@ def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     return each(ctx, labels, suspend, ctx.out.note) if labels else 0
 
 
-@command("resume", LABELS, ALL)
+@command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
     """let a suspended machine go on"""
     def resume(label: str) -> str:
@@ -3141,7 +3203,7 @@ def cmd_resume(ctx: Context, opts: Arguments) -> int:
 
 
 @command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"),
-         aliases=["rm"])
+         aliases=["rm"], examples=["delete project-alpha", "delete --force project-alpha project-beta"])
 def cmd_delete(ctx: Context, opts: Arguments) -> int:
     """delete machines, and say what that freed"""
     def delete(label: str) -> str:
@@ -3155,8 +3217,9 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
          option("--all", action="store_true", help="running, paused and saved ones too"),
          option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
-         option("--image", metavar="NAME", help="cloned from this image"),
-         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"])
+         option("--image", metavar="IMAGE", help="cloned from this image"),
+         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"],
+         examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
     """delete many machines, after showing which and what they free"""
     if opts.all and opts.stopped:
@@ -3259,7 +3322,8 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
-         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"))
+         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"),
+         examples=["config", "config set ssh_user me", "config get base_image"])
 def cmd_config(ctx: Context, opts: Arguments) -> int:
     """show or change the configuration"""
     if opts.action == "path":
@@ -3280,15 +3344,193 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("help", option("topic", nargs="?", metavar="command", help="the command to explain"))
+# Each asks the program itself, so that there is nothing in them to go stale. Bash: also the 3.2 of macOS, which
+# has neither compopt nor mapfile; so each word brings the blank that ends it.
+COMPLETIONS = {"bash": r"""# for ~/.bashrc: eval "$(kodemachine completion bash)"
+_kodemachine() {
+  local line=${COMP_LINE:0:COMP_POINT} word found end
+  local -a words
+  read -r -a words <<<"$line"
+  [[ $line != *[[:blank:]] ]] || words[${#words[@]}]=
+  word=${words[${#words[@]} - 1]}
+  COMPREPLY=()
+  while IFS=$'\t' read -r found _; do
+    if [[ $found == / ]]; then
+      while IFS= read -r found; do
+        end=' '
+        [[ ! -d ${found/#\~/$HOME} ]] || end=/
+        [[ $found == '~'* ]] || printf -v found %q "$found"
+        COMPREPLY[${#COMPREPLY[@]}]=$found$end
+      done < <(compgen -f -- "$word")
+    elif [[ $found == "$word"* ]]; then
+      [[ $found == *: ]] || found+=' '
+      COMPREPLY[${#COMPREPLY[@]}]=$found
+    fi
+  done < <(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)
+}
+complete -o nospace -F _kodemachine kodemachine
+""", "zsh": r"""#compdef kodemachine
+# for ~/.zshrc: eval "$(kodemachine completion zsh)"
+_kodemachine() {
+  local line word files=1 found=1
+  local -a whole open
+  for line in "${(@f)$(kodemachine __complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX" 2>/dev/null)}"; do
+    word=${line%%$'\t'*}
+    case $word in
+      '') ;;
+      /) files=0 ;;
+      *:) open+=("$word") ;;
+      *) whole+=("${word//:/\\:}:${line#*$'\t'}") ;;
+    esac
+  done
+  (( ! $#whole )) || { _describe kodemachine whole && found=0 }
+  (( ! $#open )) || { compadd -S '' -a open && found=0 }
+  (( files )) || { _files && found=0 }
+  return found
+}
+if [[ $funcstack[1] == _kodemachine ]]; then
+  _kodemachine "$@"
+else
+  (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+  compdef _kodemachine kodemachine
+fi
+""", "fish": r"""# for ~/.config/fish/config.fish: kodemachine completion fish | source
+function __kodemachine
+    set -l words (commandline -opc) (commandline -ct)
+    for line in (kodemachine __complete -- $words[2..-1] 2>/dev/null)
+        if string match -q '/*' -- $line
+            complete -C "'' "(commandline -ct)
+        else
+            printf '%s\n' $line
+        end
+    end
+end
+complete -c kodemachine -f -a '(__kodemachine)'
+"""}
+
+
+@command("completion", option("shell", choices=list(COMPLETIONS), help="your shell"),
+         examples=["completion zsh"])
+def cmd_completion(ctx: Context, opts: Arguments) -> int:
+    """what lets the shell complete commands, labels and images"""
+    ctx.out.result(COMPLETIONS[opts.shell].rstrip("\n"))
+    return 0
+
+
+@command("__complete", hidden=True)
+def cmd_complete(ctx: Context, opts: Arguments) -> int:
+    """for the shells: what may stand in place of the last of the words behind --, one a line, and / for files"""
+    *before, word = opts.rest or [""]
+    words, rest, _ = split_command_line(before)
+    found = {"/": ""} if rest is not None else fitting(ctx, words, word)
+    lines = [f"{text}\t{explanation}\n" for text, explanation in found.items() if text not in before]
+    ctx.out.raw("".join(lines).encode())
+    return 0
+
+
+def fitting(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
+    """What may stand behind `words` where `word` was begun, each with its explanation."""
+    parser, place = next_place(words)
+    if word.startswith("-") and not (place and place.option_strings):
+        return {name: str(action.help) for action in parser._actions for name in action.option_strings}
+    if place is None:
+        return {}
+    if isinstance(place, argparse._SubParsersAction):
+        labels = known_machines(ctx) if place.dest == "command" else {}     # a bare label stands where commands do
+        return {**{str(entry.dest): str(entry.help) for entry in place._get_subactions()}, **labels}
+    if place.choices is not None:
+        return dict.fromkeys(place.choices, "")
+    shown = str(place.metavar or place.dest).lower()
+    return WORDS[shown](ctx, words) if shown in WORDS else {}
+
+
+def next_place(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Action | None]:
+    """The parser that reads what follows `words`, and the argument that it would be, if there is one."""
+    parser: argparse.ArgumentParser = build_parser()
+    operands = [action for action in parser._actions if not action.option_strings]
+    option: argparse.Action | None = None       # whose value comes next
+    for word in words:
+        if option:
+            option = None
+        elif word.startswith("-"):
+            named = parser._option_string_actions.get(word)
+            option = named if named and named.nargs != 0 else None
+        elif operands and isinstance(operands[0], argparse._SubParsersAction):
+            parser = operands[0].choices.get(word, Parser())
+            operands = [action for action in parser._actions if not action.option_strings]
+        elif operands and operands[0].nargs not in ("*", "+"):
+            operands.pop(0)
+    return parser, option or next(iter(operands), None)
+
+
+def glimpse(ctx: Context) -> tuple[Manager, list[Row]]:
+    """One look at the fleet that costs at most GLANCE seconds and says nothing of its own. Raises KodeError."""
+    settings, silent = ctx.config.settings(), Notes()
+    utm = Utmctl(settings.utmctl, ctx.interrupts, silent)
+    try:
+        return Manager(settings, utm, State(state_folder(), silent)), utm.glimpse(GLANCE)
+    finally:
+        utm.close()
+
+
+def known_machines(ctx: Context, ending: str = "", *, images: bool = False) -> dict[str, str]:
+    """The labels, or the images, each with its state; none if UTM does not tell."""
+    with contextlib.suppress(KodeError):
+        manager, rows = glimpse(ctx)
+        if images:
+            return {printable(row.name): row.power.value for row in manager.images(rows)}
+        return {f"{manager.label_of(row.name)}{ending}": row.power.value for row in manager.clones(rows)}
+    return {}
+
+
+def known_commands(words: Sequence[str]) -> dict[str, str]:
+    """The next word of the commands that begin with `words`."""
+    start = " ".join([*words, ""])
+    return {name[len(start):].partition(" ")[0]: "" for name, entry in COMMANDS.items()
+            if not entry.hidden and name.startswith(start)}
+
+
+# What Tab offers for a value, by the word that the help has for it; behind `words`.
+WORDS: dict[str, Callable[[Context, Sequence[str]], dict[str, str]]] = {
+    "label": lambda ctx, words: known_machines(ctx),
+    "image": lambda ctx, words: known_machines(ctx, images=True),
+    "path": lambda ctx, words: {**known_machines(ctx, ":"), "/": ""},
+    "file": lambda ctx, words: {"/": ""},
+    "key": lambda ctx, words: {key: wanted for key, (wanted, _) in SETTINGS.items()},
+    "command": lambda ctx, words: known_commands(words[1:]),
+}
+
+
+def welcome(ctx: Context, opts: Arguments) -> int:
+    """What `kodemachine` alone says: the five lines that one needs, and the fleet at a glance."""
+    lines = ["", "All commands: kodemachine help"]
+    try:
+        manager, rows = glimpse(ctx)
+        states: dict[str, list[str]] = {}
+        for row in manager.clones(rows):
+            states.setdefault(row.power.value, []).append(str(manager.label_of(row.name)))
+        lines[:0] = [f"{state + ':':8} {', '.join(sorted(labels))}" for state, labels in sorted(states.items())]
+        if not states:
+            manager.base(rows, None)
+            lines.insert(0, "no machines yet; the first of these lines makes one")
+    except NotFound as failure:         # no image, in an installation that is new
+        lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
+    except KodeError as failure:
+        lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine list")
+    ctx.out.result("\n".join([TITLE, "", *(f"  {line}" for line in EPILOG.splitlines()), "", *lines]))
+    return 0
+
+
+@command("help", option("topic", nargs="*", metavar="command", help="the command to explain"),
+         examples=["help", "help stop"])
 def cmd_help(ctx: Context, opts: Arguments) -> int:
     """this help, or that of one command"""
-    names = {name for command, entry in COMMANDS.items() for name in (command, *entry.aliases)}
-    if opts.topic and opts.topic not in names:
-        near = near_command(opts.topic)
-        raise UsageError(f"there is no command {printable(opts.topic)}" + (f"; did you mean {near!r}?" if near else ""),
+    topic = " ".join(opts.topic)
+    if topic and topic not in all_names():
+        near = near_command(topic)
+        raise UsageError(f"there is no command {printable(topic)}" + (f"; did you mean {near!r}?" if near else ""),
                          "See: kodemachine help")
-    build_parser().parse_args([opts.topic, "--help"] if opts.topic else ["--help"])
+    build_parser().parse_args([*opts.topic, "--help"])
     return 0
 
 
@@ -3297,6 +3539,8 @@ def cmd_help(ctx: Context, opts: Arguments) -> int:
 USAGE = """\
 kodemachine [-v | -q] [--config FILE] <label> [options] [-- command ...]
        kodemachine [-v | -q] [--config FILE] <command> ..."""
+TAKES_REST = ("start", "ssh", "exec", "__complete")      # commands that have a use for what stands behind --
+TITLE = "A fresh, isolated Linux machine in seconds, from a golden image in UTM."
 EPILOG = """\
 kodemachine project-alpha              a shell in a machine of its own, made if it is missing
 kodemachine project-alpha -- make      run one command there
@@ -3314,27 +3558,42 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
 
 
+def overview() -> str:
+    """The commands by what they are for."""
+    texts = {name.partition(" ")[0]: (entry.run.__doc__ or "").splitlines()[0]
+             for name, entry in COMMANDS.items() if not entry.hidden}
+    texts.update((name, text) for name, text in GROUPS.items() if name in texts)
+    placed = " ".join(TOPICS.values()).split()
+    topics = {**TOPICS, "more": " ".join(word for word in texts if word not in placed)}
+    return "\n\n".join(
+        "\n".join([f"{topic}:", *(f"  {word:11} {texts[word]}" for word in words.split() if word in texts)])
+        for topic, words in topics.items() if words)
+
+
 def build_parser() -> Parser:
     """The parser of everything before the first `--`, from the command table. No I/O."""
-    parser = Parser(prog="kodemachine", usage=USAGE, epilog=EPILOG, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="A fresh, isolated Linux machine in seconds, from a golden image in UTM.")
+    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, epilog=f"{overview()}\n\n{EPILOG}", **form)
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="show each call to UTM")
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--config", metavar="FILE", help="another configuration file")
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
-    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
+    parser.set_defaults(run=welcome)
+    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine",
+                                help=argparse.SUPPRESS)         # the epilog has them, by topic
     places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
     for name, entry in COMMANDS.items():
         text = (entry.run.__doc__ or "").splitlines()[0]
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
         group, _, word = name.rpartition(" ")
         if group not in places:
-            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
-            places[group] = family.add_subparsers(metavar="command", parser_class=Parser, required=True)
-        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text, allow_abbrev=False,
-                                       **listed)
+            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], **form)
+            family.set_defaults(run=COMMANDS["help"].run, topic=[group])
+            places[group] = family.add_subparsers(metavar="command", parser_class=Parser)
+        examples = "\n  kodemachine ".join(["examples:", *entry.examples]) if entry.examples else None
+        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text,
+                                       epilog=examples, **form, **listed)
         for names, how in entry.options:
             sub.add_argument(*names, **how)
         sub.set_defaults(run=entry.run)
@@ -3347,7 +3606,7 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     if "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    known = {word for name, entry in COMMANDS.items() for word in (name.partition(" ")[0], *entry.aliases)}
+    known = {name.partition(" ")[0] for name in all_names()}
     i = 0
     while i < len(words) and words[i].startswith("-") and words[i] != "-":
         i += 2 if words[i] == "--config" else 1
@@ -3374,20 +3633,18 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     opts, unknown = build_parser().parse_known_args(words)
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet, opts.verbose
-    takes_rest = opts.command in ("start", "ssh", "exec")
+    takes_rest = opts.command in TAKES_REST
     if unknown:
         hint = "A command to run in the machine stands behind --. " * takes_rest
         raise UsageError(f"{opts.command or 'kodemachine'} does not take {printable(unknown[0])!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
     if rest is not None and not takes_rest:
         raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --")
-    if opts.command is None:
-        build_parser().print_help()
-        return 0
     config = Config(os.path.abspath(opts.config) if opts.config else config_path())
     if opts.config and not os.path.exists(config.path):
         raise UsageError(f"{config.path}: there is no such file")
-    needs_none = opts.run is cmd_help or (opts.run is cmd_config and opts.action == "path")
+    needs_none = opts.run in (welcome, cmd_help, cmd_completion, cmd_complete) or \
+        (opts.run is cmd_config and opts.action == "path")
     settings = Settings() if needs_none else config.settings()
     utm = Utmctl(settings.utmctl, interrupts, out)
     try:

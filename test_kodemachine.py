@@ -22,6 +22,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -1553,7 +1554,7 @@ class Case(unittest.TestCase):
     # The product's own patience, in seconds, as it is in tests: what it waits for here comes at once or never.
     PATIENCE = {
         "WARM_UP": 0.6, "SETTLE": 0.8, "UNCHANGED": 0.4, "ASK_AGAIN": 0.4, "PRESS_AGAIN": 0.6, "FORCE_STAGE": 2.0,
-        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 4.0,
+        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 4.0, "GLANCE": 1.0,
         "LIMITS": {"list": 3.0, "status": 2.0, "ip-address": 2.0, "attach": 2.0, "start": 2.0, "stop": 2.0,
                    "suspend": 2.0, "delete": 5.0, "exec": 5.0, "osascript": 2.0},
     }  # fmt: skip
@@ -5853,26 +5854,6 @@ class OutTest(FleetCase):
         self.assertEqual((process.returncode, b"Traceback" in err), (143, False), err)
         self.assertNoChildrenLeft()
 
-    def test_every_command_has_help_that_mentions_its_options(self) -> None:
-        for name, entry in kodemachine.COMMANDS.items():
-            for word in (name, *entry.aliases):
-                result = self.km("help", word)
-                self.assertEqual((result.code, result.err), (0, ""), word)
-                for names, how in entry.options:
-                    shown = how.get("metavar") or ",".join(how.get("choices", [])) or names[0]
-                    for option in [n for n in names if n.startswith("-")] or [shown]:
-                        self.assertIn(option, result.out, word)
-                    self.assertTrue(how.get("help"), (name, names))
-            self.assertEqual(self.km(name, "--help").out, self.km("help", name).out)
-            self.assertRegex(result.out, rf"^usage: kodemachine {name} ")
-        top = self.km("help")
-        self.assertEqual(top, self.km("--help"))
-        shown = set(re.findall(r"(?m)^    ([a-z][a-z-]*)", top.out))
-        self.assertEqual(shown, {name for name, entry in kodemachine.COMMANDS.items() if not entry.hidden})
-        self.assert_says(self.km("help", "bogus"), 2, "bogus")
-        self.assert_says(self.km("stop", "-t", "x"), 2, "seconds\n  See: kodemachine help stop\n")
-        self.assertEqual(self.utm.calls(), [])
-
     def test_what_is_not_needed_is_not_loaded(self) -> None:
         self.vm("a")
         modules = "; print('MODULES', *sorted(sys.modules), file=sys.stderr)"
@@ -5921,6 +5902,254 @@ class OutTest(FleetCase):
         self.assertEqual(loaded_by("--version") & quick, set())
         self.assertEqual(loaded_by("list", "--no-ip", "-q") & quick, set())
         self.assertEqual(loaded_by("list") & (heavy - {"ctypes"} if sys.platform == "darwin" else heavy), set())
+
+
+def explained(*words: str) -> str:
+    """What kodemachine prints that ends with its help."""
+    with mock.patch("sys.stdout", new=io.StringIO()) as stdout, contextlib.suppress(SystemExit):
+        kodemachine.run_command(words, kodemachine.Out(), kodemachine.Interrupts())
+    return stdout.getvalue()
+
+
+class HelpTest(unittest.TestCase):
+    """What teaches a newcomer."""
+
+    def test_every_command_has_help_that_mentions_its_options(self) -> None:
+        for name, entry in kodemachine.COMMANDS.items():
+            text = explained("help", *name.split())
+            self.assertEqual(text, explained(*name.split(), "--help"))
+            self.assertRegex(text, rf"^usage: kodemachine {name} ")
+            for alias in entry.aliases:
+                self.assertEqual(explained("help", *name.split()[:-1], alias), text)
+            for names, how in entry.options:
+                shown = how.get("metavar") or ",".join(how.get("choices", [])) or names[0]
+                for option in [n for n in names if n.startswith("-")] or [shown]:
+                    self.assertIn(option, text, name)
+                self.assertTrue(how.get("help"), (name, names))
+        top = explained("help")
+        self.assertEqual(top, explained("--help"))
+        self.assertEqual(sorted(re.findall(r"(?m)^  ([a-z][a-z-]*)", top)), sorted(COMMAND_WORDS))
+
+    def test_every_command_has_examples_and_each_of_them_is_understood(self) -> None:
+        for name, entry in kodemachine.COMMANDS.items():
+            self.assertEqual(bool(entry.examples), not entry.hidden, name)
+            for example in entry.examples:
+                words, rest, _ = kodemachine.split_command_line(shlex.split(example))
+                options, unknown = kodemachine.build_parser().parse_known_args(words)
+                self.assertEqual((options.run, unknown), (entry.run, []), example)
+                self.assertTrue(rest is None or name in kodemachine.TAKES_REST, example)
+        self.assertIn("\n\nexamples:\n  kodemachine stop project-alpha\n", explained("help", "stop"))
+
+    def test_a_group_of_commands_explains_itself(self) -> None:
+        entry = kodemachine.Command(kodemachine.cmd_list, (), (), False, ("base list",))
+        with mock.patch.dict(kodemachine.COMMANDS, {"base list": entry}):
+            group, one = explained("base"), explained("base", "list", "--help")
+            self.assertEqual([explained("help", "base"), explained("base", "--help")], [group, group])
+            self.assertEqual(explained("help", "base", "list"), one)
+            self.assertIn(kodemachine.GROUPS["base"], group)
+            self.assertRegex(group, r"(?m)^ +list +the machines")
+            self.assertRegex(one, "^usage: kodemachine base list ")
+            self.assertIn("\n  base        golden images", kodemachine.overview())
+
+
+class FirstScreenTest(FleetCase):
+    """`kodemachine` alone."""
+
+    def test_it_says_what_one_needs_and_shows_the_fleet(self) -> None:
+        five = "\n".join(f"  {line}" for line in kodemachine.EPILOG.splitlines())
+        self.assertEqual(five.count("\n"), 4)
+
+        def said(*lines: str) -> str:
+            result = self.km()
+            self.assertEqual((result.code, result.err), (0, ""))
+            self.assertIn(five, result.out)
+            return result.out.partition(five)[2].strip()
+
+        end = "\n\nAll commands: kodemachine help"
+        self.assertIn("no machines yet: there is no image to clone. Make a ", said())
+        self.image()
+        self.assertEqual(said(), "no machines yet; the first of these lines makes one" + end)
+        self.vm("web", "started")
+        self.vm("db", "started")
+        self.vm("old")
+        self.utm.add("Windows 11", status="started")
+        self.assertEqual(said(), "started: db, web\nstopped: old" + end)
+        away = "the machines are not shown: {}; see: kodemachine list" + end
+        self.utm.fault("list", hang=True)
+        self.assertEqual(said(), away.format("UTM gave no list within 1 s"))
+        self.utm.clear_faults()
+        self.utm.fault("list", error=-600)
+        self.assertEqual(said(), away.format("UTM gave no list (-600)"))
+        self.utm.clear_faults()
+        self.utm.fault("list", error=-1743)
+        self.assertEqual(said(), away.format("macOS does not permit control of UTM (-1743)"))
+        asked = len(self.utm.calls())
+        with open(self.config(), "w", encoding="utf-8") as file:
+            file.write("{")
+        self.assertIn("the machines are not shown: " + file.name + ":1:2: ", said())
+        self.config(utmctl="/nonexistent")
+        self.assertEqual(said(), away.format("there is no utmctl at /nonexistent"))
+        self.assertEqual(len(self.utm.calls()), asked)
+
+
+# ---- the shell's Tab
+
+
+COMMAND_WORDS = {name.partition(" ")[0] for name, entry in kodemachine.COMMANDS.items() if not entry.hidden}
+
+
+class WordsTest(unittest.TestCase):
+    """What the program tells the shells."""
+
+    LABELS = {"alpha", "beta-2"}
+
+    def test_every_place_on_the_command_line_has_its_words(self) -> None:
+        def machines(_ctx: object, ending: str = "", *, images: bool = False) -> dict[str, str]:
+            return {IMAGE: "stopped"} if images else dict.fromkeys((label + ending for label in self.LABELS), "")
+
+        ctx: Any = mock.Mock()
+        with mock.patch.object(kodemachine, "known_machines", machines):
+            for line, words in (
+                ("", COMMAND_WORDS | self.LABELS),
+                ("-v --config file ", COMMAND_WORDS | self.LABELS),
+                ("stop ", self.LABELS),
+                ("stop alpha ", {"beta-2"}),
+                ("stop -t ", set()),
+                ("stop -t 5 ", self.LABELS),
+                ("rm ", self.LABELS),
+                ("status alpha ", set()),
+                ("alpha ", {"beta-2"}),
+                ("alpha --base ", {IMAGE}),
+                ("purge --image ", {IMAGE}),
+                ("cp -r notes ", {"alpha:", "beta-2:", "/"}),
+                ("attach alpha --log ", {"/"}),
+                ("--config ", {"/"}),
+                ("config ", {"get", "set", "path"}),
+                ("config set ", set(kodemachine.SETTINGS)),
+                ("completion ", {"bash", "zsh", "fish"}),
+                ("help ", COMMAND_WORDS - {"help"}),
+                ("help stop ", set()),
+                ("exec alpha -- ", {"/"}),
+                ("alpha -- tar -", {"/"}),
+                ("-", {"-h", "--help", "-v", "--verbose", "-q", "--quiet", "--config", "--version"}),
+                ("suspend alpha --all -", {"-h", "--help", "--save"}),
+            ):
+                *ctx.rest, _ = line.split(" ")
+                kodemachine.cmd_complete(ctx, argparse.Namespace(rest=line.split(" ")))
+                told = ctx.out.raw.call_args[0][0].decode()
+                self.assertEqual({word.partition("\t")[0] for word in told.splitlines()}, words, line)
+
+    def test_commands_of_two_words_come_one_at_a_time(self) -> None:
+        entry = kodemachine.Command(kodemachine.cmd_list, (), (), False, ("base list",))
+        ctx: Any = None
+        with mock.patch.dict(kodemachine.COMMANDS, {"base list": entry, "base use": entry}):
+            for words, word, expected in (
+                (["base"], "", {"list", "use"}),
+                (["base", "use"], "-", {"-h", "--help"}),
+                (["base", "nonsense"], "", set()),
+                (["help", "base"], "", {"list", "use"}),
+            ):
+                self.assertEqual(set(kodemachine.fitting(ctx, words, word)), expected, words)
+            self.assertIn("base", kodemachine.fitting(ctx, ["help"], ""))
+
+
+class TabTest(FleetCase):
+    """What Tab does in the three real shells, and when UTM is away."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image()
+        self.vm("alpha", "started")
+        self.vm("beta-2")
+        self.utm.add("Windows 11")
+        with open(os.path.join(self.bin, "kodemachine"), "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\nexec {shlex.join(self.command())} "$@"\n')
+        os.chmod(file.name, 0o755)
+
+    def offered(self, line: str, code: int = 0) -> set[str]:
+        """What the program has for the last word of a command line, without a word on stderr."""
+        result = self.km("__complete", "--", *line.split(" "))
+        self.assertEqual((result.code, result.err), (code, ""), line)
+        return {word.partition("\t")[0] for word in result.out.splitlines()}
+
+    def test_it_is_quick_and_silent_when_utm_is_away(self) -> None:
+        self.assertLessEqual(kodemachine.GLANCE, 2)
+        faults: tuple[dict[str, Any], ...] = ({"hang": True}, {"error": -1743}, {"empty": True}, {"crash": "TRAP"})
+        for fault in faults:
+            self.utm.clear_faults()
+            self.utm.fault("list", **fault)
+            before = len(self.utm.calls())
+            self.assertEqual(self.offered("stop "), set(), fault)
+            self.assertEqual(len(self.utm.calls()) - before, 1, "it asks once")
+        self.config(utmctl="/nonexistent")
+        self.assertEqual(self.offered(""), COMMAND_WORDS)
+        with open(self.config(), "w", encoding="utf-8") as file:
+            file.write("{")
+        self.assertEqual(self.offered("stop "), set())
+
+    # -- in the shells
+
+    # What is typed, and what is there after Tab.
+    TYPED = (
+        ("kodemachine sta", "kodemachine sta"),         # start, status
+        ("kodemachine al", "kodemachine alpha "),
+        ("kodemachine stop --fo", "kodemachine stop --force "),
+        ("kodemachine start --base ko", f"kodemachine start --base {IMAGE} "),
+        ("kodemachine cp be", "kodemachine cp beta-2:"),
+        ("kodemachine cp files/tw", "kodemachine cp files/two\\ words "),
+        ("kodemachine cp alpha:notes files/fo", "kodemachine cp alpha:notes files/folder/"),
+        ("kodemachine alpha -- cat files/al", "kodemachine alpha -- cat files/alpine.txt "),
+        ("kodemachine --config ~/files/al", "kodemachine --config ~/files/alpine.txt "),
+        ("kodemachine stop -t ", "kodemachine stop -t "),
+    )
+
+    def shell(self, name: str) -> str:
+        path = shutil.which(name)
+        if not path:
+            self.skipTest(f"there is no {name} here")
+        os.makedirs(os.path.join(self.home, "files", "folder"))
+        for file in ("alpine.txt", "two words"):
+            os.close(os.open(os.path.join(self.home, "files", file), os.O_CREAT))
+        return path
+
+    def type_all(self, *argv: str) -> None:
+        """In an interactive shell: Tab, and then what has become of the line, which echo tells."""
+        terminal = Terminal(argv, {**self.environment, "TERM": "xterm", "PS1": "> "}, self.home)
+        self.addCleanup(terminal.close)
+        terminal.send(f'stty cols 200; eval "$(kodemachine completion {os.path.basename(argv[0])})"\r'.encode())
+        for typed, completed in self.TYPED:
+            terminal.send(typed.encode() + b'\t\x01echo "<\x05>"\r')
+            found = terminal.expect(rb"[\r\n](?:\x1b\[J)?<([^>\r\n]*)>\r\n").group(1).decode()
+            # What zsh puts behind a word, a blank or a slash, goes when the cursor does.
+            taken_back = argv[1] == "-f" and typed != completed
+            self.assertEqual(found, completed.rstrip(" /") if taken_back else completed)
+        terminal.send(b"exit\r")
+        self.assertEqual(terminal.wait(), 0)
+
+    def test_bash(self) -> None:
+        self.type_all(self.shell("bash"), "--noprofile", "--norc", "-i")
+
+    def test_zsh(self) -> None:
+        self.type_all(self.shell("zsh"), "-f", "-i")
+
+    def test_zsh_finds_it_in_a_folder_of_functions(self) -> None:
+        zsh = self.shell("zsh")
+        with open(os.path.join(self.home, "_kodemachine"), "w", encoding="utf-8") as file:
+            file.write(kodemachine.COMPLETIONS["zsh"])
+        script = f"fpath+=({shlex.quote(self.home)}); autoload -Uz compinit; compinit -u; echo $_comps[kodemachine]"
+        self.assertEqual(self.run_program([zsh, "-f", "-c", script]), (0, "_kodemachine\n", ""))
+
+    def test_fish(self) -> None:
+        lines = [typed for typed, _ in self.TYPED]
+        script = "kodemachine completion fish | source; for line in $argv; echo; complete -C $line; end"
+        result = self.run_program([self.shell("fish"), "--no-config", "-c", script, *lines])
+        self.assertEqual((result.code, result.err), (0, ""))
+        for (typed, completed), answer in zip(self.TYPED, result.out.lstrip("\n").split("\n\n")):
+            words = [word.partition("\t")[0] for word in answer.splitlines()]
+            if typed == completed:
+                self.assertIn(words, ([], ["start", "status"]), typed)
+            else:
+                self.assertEqual(words, [completed.rpartition(" ")[2] or shlex.split(completed)[-1]], typed)
 
 
 class ArchitectureTest(unittest.TestCase):
@@ -6109,6 +6338,8 @@ class MistakesTest(Case):
             (["version"], 2, "'version' is a word of kodemachine's own", "kodemachine help"),
             (["start", "a", "b"], 2, "several labels need --detach", "kodemachine start -d a b"),
             (["start", "-d", "a", "b", "--fresh"], 2, "need -y", ""),
+            (["stop", "-t", "x"], 2, "'x' is no positive number of seconds", "kodemachine help stop"),
+            (["help", "bogus"], 2, "there is no command bogus", "kodemachine help"),
             (["start", "alpha", "--memory", "much"], 2, "'much' is no size of memory", "kodemachine help start"),
         ):
             with self.subTest(words):
