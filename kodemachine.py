@@ -581,7 +581,8 @@ def write_file(path: str, data: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         if isinstance(failure, OSError):
-            raise KodeError(f"{path} cannot be written: {failure.strerror}") from None
+            raise KodeError(f"{path} cannot be written: {failure.strerror}",
+                            "Mend that, then run the same command again: it takes up where this one ended.") from None
         raise
 
 
@@ -595,7 +596,7 @@ def make_folder(path: str) -> None:
             os.mkdir(path, 0o700)
         owner = os.stat(path).st_uid
     except OSError as failure:
-        raise KodeError(f"{path}: {failure.strerror}") from None
+        raise KodeError(f"{path}: {failure.strerror}", f"See what is there: ls -ld {shlex.quote(path)}") from None
     if owner != os.geteuid():
         raise KodeError(f"{path} belongs to another user", "Remove it, or set XDG_STATE_HOME to a folder of your own.")
 
@@ -968,7 +969,8 @@ class Config:
                              f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS))
         wanted, test = SETTINGS[key]
         if value is not None and not test(value):
-            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}")
+            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}",
+                             f"Mend it there, or: kodemachine config set {key} VALUE ('' for the default)")
 
     def settings(self) -> Settings:
         """The file's values over the defaults, with `~` expanded in paths."""
@@ -1079,7 +1081,8 @@ class Utmctl:
                 call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
                 self._calls.add(call)
         except OSError as failure:
-            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}") from None
+            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}",
+                              "If it is not UTM's own: kodemachine config set utmctl PATH") from None
         if self._closed:
             call.end()
             raise Interrupted(signal.SIGTERM)
@@ -1411,7 +1414,7 @@ class VM:
         self.power = Power(reply.out.strip()) if reply.outcome is Outcome.DONE else Power.UNKNOWN
         self._lost = self._lost + 1 if reply.outcome is Outcome.MISSING else 0
         if self._lost and self._lost % 3 == 0 and self.uuid not in {row.uuid for row in self._utm.rows()}:
-            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile")
+            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile", "See what is there: kodemachine list")
         return self.power
 
     def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
@@ -1586,7 +1589,8 @@ class VM:
         for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
             power = self.status()
             if power is Power.STOPPED:
-                raise WrongState(f"{self.name} is stopped, there is nothing to suspend")
+                raise WrongState(f"{self.name} is stopped, there is nothing to suspend",
+                                 f"Start it: kodemachine start -d {self.name}")
             if power is Power.PAUSED and (not save or (asked and asked.outcome is Outcome.DONE)):
                 return
             if power is Power.PAUSED and not asked:
@@ -1602,11 +1606,13 @@ class VM:
                                f"It goes on with: kodemachine resume {self.name}")
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
-                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
+                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}",
+                                    f"It still runs. To shut it down instead: kodemachine stop {self.name}")
                 repeated = asked is not None
                 asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
                 again_at = time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})")
+        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})",
+                       f"See what became of it: kodemachine status {self.name}")
 
     def delete(self, limit: float) -> None:
         """Deletes a stopped machine, which utmctl does unasked (contract 1.2); returns when a clean list lacks it.
@@ -1620,7 +1626,8 @@ class VM:
             if row is None:
                 return
             if row.name != self.name:
-                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted")
+                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted",
+                                 "See what is there: kodemachine list -a")
             if row.power is Power.UNKNOWN or time.monotonic() < again_at:
                 continue
             if row.power is not Power.STOPPED:
@@ -1661,7 +1668,8 @@ class VM:
             return int(code), out, said
         self._utm.insist(reply)
         if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
-            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known")
+            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known",
+                            f"Look in the machine: kodemachine ssh {self.name}")
         raise KodeError(f"the command was not run in {self.name}: {printable(reply.sentence) or reply.outcome.value}",
                         f"It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh {self.name}")
 
@@ -1676,7 +1684,8 @@ class VM:
         if match:
             return match.group(1)
         if reply.outcome is Outcome.FAILED:
-            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}")
+            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}",
+                            f"Is it still running? See: kodemachine status {self.name}")
         if reply.outcome is not Outcome.DONE:
             raise TimedOut(f"UTM does not tell the serial port of {self.name} ({reply.outcome.value})",
                            "Is it busy? Look at UTM's window, then try again.")
@@ -1833,7 +1842,8 @@ class Cloner:
                        and row.power is not Power.STOPPED]
             return KodeError(
                 f"UTM could not clone {base} to {name}: {printable(reply.sentence)}",
-                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running else "",
+                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running else
+                "Look at it in UTM's window, then try again.",
             )
         if reply.outcome is Outcome.DONE and seconds >= SETTLE:
             return KodeError(f"UTM reported that it cloned {base}, but there is no new machine",
@@ -2243,7 +2253,8 @@ class Manager:
         if vm.power is Power.PAUSED and not save:
             return "is suspended already"
         if save and self.record_of(vm.uuid).get("disposable"):
-            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk")
+            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk",
+                             f"To memory it can: kodemachine suspend {label}")
         before = self.record_of(vm.uuid).get("saved")
         if save:
             self.state.record(vm.uuid, name=vm.name, saved=True)    # already now: should we be cut off, it may be
@@ -2281,7 +2292,8 @@ class Manager:
             rows = self.utm.rows()
             ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
             if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
-                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted")
+                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted",
+                                 "See what is there: kodemachine list -a")
             vm.delete(LIMITS["delete"])
             Intent(self.state, vm.name).remove()
             self.state.forget(vm.name, {row.uuid for row in rows} - {vm.uuid})
@@ -2335,7 +2347,8 @@ def open_line(port: str) -> int:
                 connection.setblocking(False)
                 return os.dup(connection.fileno())
         except (OSError, ValueError, OverflowError) as failure:
-            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}") from None
+            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}",
+                            "Is another program connected to it? A TCP port takes one at a time.") from None
     import termios
     import tty
 
@@ -2540,7 +2553,7 @@ class Out(Notes):
             raise
         except OSError as failure:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the flush at exit fails once more
-            raise KodeError(f"the output cannot be written: {failure.strerror}") from None
+            raise KodeError(f"the output cannot be written: {failure.strerror}", "Mend that, then try again.") from None
 
     def result(self, text: str) -> None:
         """A result."""
@@ -2686,7 +2699,7 @@ def lend_terminal(argv: Sequence[str]) -> int:
         child = subprocess.Popen(list(argv))
         code = child.wait()
     except FileNotFoundError:
-        raise KodeError(f"there is no {argv[0]} on PATH") from None
+        raise KodeError(f"there is no {argv[0]} on PATH", "Install the OpenSSH client.") from None
     except BaseException:
         if child:
             child.terminate()
@@ -2760,7 +2773,7 @@ def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda ro
     """The labels on the command line, each once, or those of all fitting clones with --all. Raises UsageError."""
     manager = ctx.manager
     if opts.all and opts.labels:
-        raise UsageError("either labels or --all, not both")
+        raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.command}")
     if opts.all:
         return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows()) if fit(row)]
     if not opts.labels:
@@ -2771,9 +2784,11 @@ def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda ro
 def wishes_of(opts: Arguments) -> Wishes:
     """What the options of `start` ask for. Raises UsageError for those that exclude each other."""
     if opts.rm and opts.detach:
-        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine")
+        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine",
+                         "To keep it, without --rm: kodemachine start -d LABEL")
     if opts.rm and opts.fresh:
-        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself")
+        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself",
+                         "To delete it first: kodemachine delete --force LABEL")
     if opts.detach and opts.rest is not None:
         raise UsageError("--detach and a command exclude each other",
                          "Start it first, then: kodemachine LABEL -- command")
@@ -2805,7 +2820,8 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
     if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
-        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on")
+        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on",
+                         "Add -y, or name one label at a time.")
     if len(labels) > 1:
         def start(label: str) -> str:
             with ctx.manager.holding(label):
@@ -2857,7 +2873,8 @@ def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
     """--repin: reads the host keys anew through the guest agent, which no network can forge, shows them, and asks."""
     told = ctx.manager.read_guest(vm, label, needed=True)
     if not told or not told[0]:
-        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed")
+        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed",
+                        f"Does it run there? Look at its console: kodemachine attach {label}")
     old = ctx.manager.record_of(vm.uuid).get("host_keys") or []
     if old == told[0]:
         return ctx.out.note(f"the host keys of {vm.name} are the pinned ones")
@@ -2968,7 +2985,7 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     try:
         before = read_text(theirs) or ""
     except OSError as failure:
-        raise KodeError(f"{theirs}: {failure.strerror}") from None
+        raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
     write_file(ours, stanza)
     if include not in before.splitlines():
         if before:
@@ -2985,13 +3002,14 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
     label = ctx.manager.label_of(opts.name)
     if label is None:
-        raise NotFound(f"{printable(opts.name)} is no machine's name")
+        raise NotFound(f"{printable(opts.name)} is no machine's name", "See what is there: kodemachine list")
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
     try:
         connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
     except OSError as failure:
-        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}") from None
+        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}",
+                        f"Look at its console: kodemachine attach {label}") from None
     with connection:
         connection.setblocking(True)
         if stat.S_ISSOCK(os.fstat(1).st_mode):      # ProxyUseFdpass: ssh takes the socket itself
@@ -3006,14 +3024,18 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
+         option("--format", choices=["ansible"], help="an inventory for Ansible, by the machines' names"),
          option("-q", action="store_true", dest="labels_only", help="labels only"),
          option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"],
-         examples=["list", "list -a", "list --json"])
+         examples=["list", "list -a --json", "list --format ansible > hosts.json"])
 def cmd_list(ctx: Context, opts: Arguments) -> int:
     """the machines, their state, address and size"""
     manager, out = ctx.manager, ctx.out
     rows = manager.utm.rows(tolerant=True)
     shown = list(rows) if opts.all else manager.clones(rows)
+    if opts.format:
+        out.json(inventory(manager, manager.clones(rows)))
+        return 0
     if opts.labels_only:
         for row in shown:
             out.result(manager.label_of(row.name) or row.name)
@@ -3026,6 +3048,18 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
     else:
         out.note("no machines yet; make one: kodemachine project-alpha")
     return 0
+
+
+def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
+    """An Ansible inventory of clones in groups by state. All stands below a group of ours: beside other inventories
+    nothing of it reaches their hosts. Ansible shares its connections itself, so that is left to it."""
+    options = {key: value for key, value in manager.name_options().items() if not key.startswith("Control")}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for machine in manager.survey(rows, ip=False, disk=False):
+        hosts = groups.setdefault(f"kodemachine_{machine.status}", {"hosts": {}})["hosts"]
+        hosts[machine.name] = {"kodemachine_label": machine.label, "kodemachine_image": machine.image}
+    shared = {"ansible_ssh_common_args": shlex.join(as_words(options))}
+    return {"all": {"children": {"kodemachine": {"vars": shared, "children": groups}}}}
 
 
 def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
@@ -3106,7 +3140,8 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     if opts.all:
         addresses = vm.addresses()
         if not addresses:
-            raise KodeError(f"the guest agent of {vm.name} tells no address")
+            raise KodeError(f"the guest agent of {vm.name} tells no address",
+                            f"While it boots, wait: kodemachine ip --wait 60 {vm.name}")
         ctx.out.result("\n".join(addresses))
     else:
         ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0))
@@ -3148,7 +3183,7 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
     try:
         log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
     except OSError as failure:
-        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}") from None
+        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     console = Console(line, 0, 1, escape if person else b"", log)
     deadline = time.monotonic() + opts.timeout if opts.timeout and not person else None
     try:
@@ -3218,14 +3253,19 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
          option("--all", action="store_true", help="running, paused and saved ones too"),
          option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
          option("--image", metavar="IMAGE", help="cloned from this image"),
-         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"],
+         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, JSON, aliases=["prune"],
          examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
     """delete many machines, after showing which and what they free"""
     if opts.all and opts.stopped:
-        raise UsageError("either --stopped or --all, not both")
+        raise UsageError("either --stopped or --all, not both", "See what would go: kodemachine purge --all --dry-run")
+    if opts.as_json and not opts.dry_run:
+        raise UsageError("--json shows what would go, with --dry-run", "So: kodemachine purge --dry-run --json")
     manager, out = ctx.manager, ctx.out
     rows, left_in_between = purgeable(ctx, opts)
+    if opts.as_json:
+        out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
+        return 4 if left_in_between else 0
     if not rows:
         out.note("nothing to purge")
         return 4 if left_in_between else 0
@@ -3322,7 +3362,7 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
-         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"),
+         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"), JSON,
          examples=["config", "config set ssh_user me", "config get base_image"])
 def cmd_config(ctx: Context, opts: Arguments) -> int:
     """show or change the configuration"""
@@ -3337,6 +3377,9 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
         values = ctx.manager.settings._asdict()
         if opts.key and opts.key not in values:
             raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
+        if opts.as_json:
+            ctx.out.json(values[opts.key] if opts.key else values)
+            return 0
         for key in [opts.key] if opts.key else values:
             text = values[key] if isinstance(values[key],
                                              str) else "" if values[key] is None else json.dumps(values[key])
@@ -3632,17 +3675,18 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     out.as_json = "--json" in words
     opts, unknown = build_parser().parse_known_args(words)
     opts.rest, opts.bare = rest, bare
-    out.quiet, out.verbose = opts.quiet, opts.verbose
+    out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
     takes_rest = opts.command in TAKES_REST
     if unknown:
         hint = "A command to run in the machine stands behind --. " * takes_rest
         raise UsageError(f"{opts.command or 'kodemachine'} does not take {printable(unknown[0])!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
     if rest is not None and not takes_rest:
-        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --")
+        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --",
+                         "To run a command in a machine: kodemachine LABEL -- command")
     config = Config(os.path.abspath(opts.config) if opts.config else config_path())
     if opts.config and not os.path.exists(config.path):
-        raise UsageError(f"{config.path}: there is no such file")
+        raise UsageError(f"{config.path}: there is no such file", "Write {} into it to begin with the defaults.")
     needs_none = opts.run in (welcome, cmd_help, cmd_completion, cmd_complete) or \
         (opts.run is cmd_config and opts.action == "path")
     settings = Settings() if needs_none else config.settings()

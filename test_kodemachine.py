@@ -2335,6 +2335,13 @@ class PureTest(unittest.TestCase):
         self.assertEqual(kodemachine.age_of("2999-01-01T00:00:00Z"), 0)
         self.assertLess(kodemachine.age_of(kodemachine.iso_time(time.time())) or 0, 60)
 
+    def test_text_is_measured_in_columns_of_the_terminal(self) -> None:
+        for text, width in (("", 0), ("abc", 3), ("日本", 4), ("e\u0301", 1), ("ｱ", 1), ("Ａ", 2)):
+            self.assertEqual(kodemachine.cells(text), width, text)
+        for room, left in ((-1, ""), (0, ""), (1, "a"), (2, "a"), (3, "a日"), (4, "a日"), (9, "a日本")):
+            self.assertEqual(kodemachine.cut("a日本", room), left, room)
+        self.assertEqual(kodemachine.table(("A", "B"), [("日", "x"), ("y", "z")], None), "A   B\n日  x\ny   z")
+
     def test_a_table_gives_up_its_expendable_columns_until_it_fits(self) -> None:
         def fitted(width: int | None) -> list[str]:
             return kodemachine.table(
@@ -3425,6 +3432,9 @@ class ConfigTest(Case):
             self.assertEqual(json.loads(self.read())[key], stored)
         self.assertEqual(self.km("config", "get", "ssh_port").out, "2222\n")
         self.assertEqual(self.km("config", "get", "identity_file").out, f"{self.home}/id\n")
+        told = json.loads(self.km("config", "--json").out)
+        self.assertEqual((list(told), told["ssh_port"]), (list(kodemachine.SETTINGS), 2222))
+        self.assertEqual(self.km("config", "get", "first_boot", "--json").out, "null\n")
         self.assertEqual(self.km("config", "set", "ssh_port", "").code, 0)
         self.assertEqual(self.km("config", "get", "ssh_port").out, "22\n")
         self.assertEqual(json.loads(self.read())["ssh_user"], "me")
@@ -3877,6 +3887,48 @@ class ByNameTest(Case):
             self.by_name("git", "-C", repo, *git, "commit", "-q", "--allow-empty", "-m", "first")
             cloned = self.by_name("git", "clone", "-q", f"km-a:{repo}", source)
             self.assertEqual(cloned.code, 0, cloned.err)
+
+    def test_an_ansible_inventory_lets_a_play_reach_them(self) -> None:
+        programs = {name: shutil.which(name) or "" for name in ("ansible", "ansible-inventory")}
+        if not all(programs.values()):
+            self.skipTest("there is no ansible here")
+        self.utm.add("km-off")
+        with open(self.ssh_config, "w", encoding="utf-8") as file:      # what reaches them is the inventory's alone
+            file.write(f'IdentityFile "{self.server.user_key}"\nIdentitiesOnly yes\n')
+        hosts = os.path.join(self.home, "hosts.json")
+        with open(hosts, "w", encoding="utf-8") as file:
+            file.write(self.km("list", "--format", "ansible").out)
+        # Ansible refuses to run where text is not UTF-8; its shared connections would outlive the test.
+        env = {"LC_ALL": "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8", "ANSIBLE_SSH_ARGS": "-C"}
+        listed = self.run_program([programs["ansible-inventory"], "-i", hosts, "--list"], env=env)
+        groups = json.loads(listed.out)
+        self.assertEqual(groups["kodemachine"]["children"], ["kodemachine_started", "kodemachine_stopped"])
+        self.assertEqual(groups["kodemachine_started"]["hosts"], ["km-a", "km-b"])
+        self.assertEqual(groups["_meta"]["hostvars"]["km-off"]["kodemachine_label"], "off")
+        play = [programs["ansible"], "-i", hosts, "kodemachine", "-m", "command", "-a", "echo here",
+                "-e", f"ansible_python_interpreter={sys.executable}"]
+        result = self.run_program(play, env=env)
+        for name in ("km-a", "km-b"):
+            self.assertIn(f"{name} | CHANGED | rc=0 >>\nhere\n", result.out, result.err)
+        self.assertRegex(result.out, r"km-off \| UNREACHABLE! (?s:.*)Start it: kodemachine start -d off")
+
+    def test_an_ansible_inventory_is_by_state_and_keeps_to_its_own_hosts(self) -> None:
+        self.image()
+        self.utm.add("km-off")
+        self.config(ssh_user="me")
+        inventory = json.loads(self.km("list", "-a", "--format", "ansible").out)
+        self.assertEqual(list(inventory["all"]), ["children"])
+        group = inventory["all"]["children"]["kodemachine"]
+        self.assertEqual({name: sorted(part["hosts"]) for name, part in group["children"].items()},
+                         {"kodemachine_started": ["km-a", "km-b"], "kodemachine_stopped": ["km-off"]})
+        self.assertEqual(group["children"]["kodemachine_stopped"]["hosts"]["km-off"],
+                         {"kodemachine_label": "off", "kodemachine_image": None})
+        options = shlex.split(group["vars"]["ansible_ssh_common_args"])
+        self.assertIn("StrictHostKeyChecking=yes", options)
+        self.assertIn("User=me", options)
+        self.assertIn(f'UserKnownHostsFile="{self.home}/.local/state/kodemachine/known_hosts"', options)
+        self.assertRegex("\n".join(options), "(?m)^ProxyCommand=.* proxy %h$")
+        self.assertNotIn("Control", " ".join(options))
 
     def test_cp_goes_up_down_and_across(self) -> None:
         folder = os.path.join(self.folder, "in the machine")
@@ -4355,6 +4407,7 @@ class ListTest(FleetCase):
         self.image()
         self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""))
         self.assert_says(self.km("list"), 0, "no machines yet")
+        self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""), "to a program, steps say nothing")
 
     def test_it_costs_one_list_and_one_question_per_running_machine(self) -> None:
         self.fleet()
@@ -5206,6 +5259,12 @@ class PurgeTest(FleetCase):
         self.assert_says(result, 0, "4 would be deleted, and an unknown amount would come free")
         self.assertEqual([line.split()[0] for line in result.out.splitlines()], ["LABEL", "a", "saved", "on", "frozen"])
         self.assertEqual((self.states(), self.records(), self.utm.verbs()), (before, remembered, ["list"]))
+        result = self.km("purge", "--all", "-n", "--json")
+        machines = json.loads(result.out)
+        self.assertEqual((result.err, [machine["label"] for machine in machines]), ("", ["a", "saved", "on", "frozen"]))
+        self.assertEqual(list(machines[0]), JSON_KEYS)
+        self.assert_says(self.km("purge", "-y", "--json"), 2, "purge --dry-run --json")
+        self.assertEqual((self.states(), self.records()), (before, remembered))
 
     def test_unasked_it_deletes_nothing(self) -> None:
         self.fleet()
@@ -5762,87 +5821,24 @@ class OutTest(FleetCase):
         self.utm.change("km-a", status="stopped")
         self.assertEqual(terminal.wait(), 0)
 
+    def test_a_live_line_keeps_to_its_row_and_keeps_its_clock(self) -> None:
+        label = "a-machine-with-quite-a-long-name-for-a-narrow-terminal"
+        uuid = self.vm(label, "started", request_seconds=None)
+        for columns, room in ((30, 29), (0, 79)):       # 0: nobody has told the terminal its size
+            terminal = self.screen("stop", label, columns=columns, TERM="xterm")
+            shown = terminal.expect(rb"\r\x1b\[K(stopping a-mach[^\r]*)  1 s").group(1).decode()
+            self.assertEqual(len(shown), min(len("stopping " + label), room - 5))
+            self.utm.change(uuid, status="stopped")
+            self.assertEqual(terminal.wait(), 0)
+            self.assertRegex(terminal.seen.decode(), f"\\[K(\x1b\\[2m)?stopping {label}  \\d+ s", "whole at its end")
+            self.utm.change(uuid, status="started")
+
     def test_quiet_is_silent(self) -> None:
         self.image()
         self.vm("a", "started")
         for args in (("stop", "a"), ("purge", "-y"), ("list",)):
             self.assertEqual(self.km("-q", *args), (0, "", ""), args)
         self.assert_says(self.km("-q", "stop", "a"), 3, "no machine a")
-
-    def test_with_json_an_error_is_one_object_on_stderr(self) -> None:
-        self.vm("off")
-        for _ in range(2):
-            self.vm("twin")
-        config = os.path.join(self.folder, "broken.json")
-        with open(config, "w", encoding="utf-8") as file:
-            file.write("{")
-        limits: Any = self.PATIENCE["LIMITS"]
-        impatient = {"LIMITS": {**limits, "list": 0.2}, "LOOK_LIMIT": 0.5}
-        fault: dict[str, Any]
-        for args, fault, code, slug in (
-            (("list", "--json", "--bogus"), {}, 2, "usage"),
-            (("--config", config, "list", "--json"), {}, 2, "usage"),
-            (("status", "nope", "--json"), {}, 3, "not-found"),
-            (("status", "--json", "twin"), {}, 4, "wrong-state"),
-            (("status", "--json", "off"), {"error": -1743}, 5, "utm-unreachable"),
-            (("list", "--json"), {"crash": "TRAP"}, 5, "utm-unreachable"),
-            (("list", "--json"), {"hang": True}, 6, "timeout"),
-        ):
-            with self.subTest(args):
-                self.utm.clear_faults()
-                if fault:
-                    self.utm.fault("list", **fault)
-                result = self.km_with(impatient if "hang" in fault else {}, *args)
-                self.assertEqual((result.code, result.out), (code, ""), result.err)
-                error = json.loads(result.err)["error"]
-                self.assertEqual((list(error), error["code"]), (["code", "message", "hint"], slug))
-                self.assertTrue(error["message"])
-
-    def test_a_reader_who_leaves_is_exit_141_without_a_word(self) -> None:
-        self.vm("a")
-        for args in (
-            ("list",),
-            ("list", "--json"),
-            ("status", "a"),
-            ("--help",),
-            ("help", "list"),
-            ("--version",),
-            ("config",),
-        ):
-            process = self.start_km(*args)
-            assert process.stdout and process.stderr
-            process.stdout.close()
-            self.assertEqual((process.wait(20), process.stderr.read()), (141, b""), args)
-
-    def test_exit_statuses_are_the_documented_ones(self) -> None:
-        self.vm("a")
-        self.vm("deaf", "started", ignores_power_key=True)
-        for args, code in (
-            (("list",), 0),
-            (("purge",), 2),
-            (("bogus", "--bogus"), 2),
-            (("ssh", "nope"), 3),
-            (("ip", "a"), 4),
-            (("stop", "deaf", "-t", "0.2"), 6),
-        ):
-            self.assertEqual(self.km(*args).code, code, args)
-        self.utm.fault("list", error=-1743)
-        self.assertEqual(self.km("list").code, 5)
-        self.utm.clear_faults()
-        terminal = self.screen("purge")
-        terminal.expect(rb"\[y/N\] ")
-        terminal.send(b"n\n")
-        self.assertEqual(terminal.wait(), 1)
-
-    def test_a_signal_ends_it_with_128_and_its_number_and_leaves_no_child(self) -> None:
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            uuid = self.vm(f"deaf{number}", "started", ignores_power_key=True)
-            process = self.start_km("stop", f"deaf{number}")
-            self.wait_until_asked("stop", uuid)
-            process.send_signal(number)
-            err = process.communicate(timeout=20)[1]
-            self.assertEqual((process.returncode, b"Traceback" in err), (128 + number, False), err)
-            self.assertNoChildrenLeft()
 
     def test_a_signal_while_several_are_worked_on_ends_them_all(self) -> None:
         for label in ("a", "b", "c"):
@@ -5902,6 +5898,130 @@ class OutTest(FleetCase):
         self.assertEqual(loaded_by("--version") & quick, set())
         self.assertEqual(loaded_by("list", "--no-ip", "-q") & quick, set())
         self.assertEqual(loaded_by("list") & (heavy - {"ctypes"} if sys.platform == "darwin" else heavy), set())
+
+
+class ExitStatusTest(SpawnCase, FleetCase):
+    """Every exit status that is documented, and the code of an error for a program: this is the list."""
+
+    CODES = {1: "error", 2: "usage", 3: "not-found", 4: "wrong-state", 5: "utm-unreachable", 6: "timeout"}
+
+    # The status, a command line, and what is wrong with UTM's `list`. `on` runs but has no agent, `deaf` ignores its
+    # power key, and there are two of `twin`.
+    CASES: tuple[tuple[int, str, dict[str, Any]], ...] = (
+        (0, "list", {}),
+        (0, "stop off", {}),
+        (0, "status --json off", {}),
+        (0, "purge --older-than 1d -y", {}),            # nothing to do
+        (1, "ip --all on", {}),                         # it has failed
+        (2, "list --json --bogus", {}),                 # usage
+        (2, "--config broken.json list --json", {}),
+        (2, "lsit", {}),                                # more likely a typo than a machine's name
+        (2, "purge", {}),                               # nobody to say yes
+        (2, "start off --fresh", {}),
+        (3, "ssh nope", {}),                            # no such machine
+        (3, "status nope --json", {}),
+        (3, "start -d new --base nope", {}),            # no such image
+        (4, "ip off", {}),                              # the wrong state
+        (4, "status twin --json", {}),
+        (4, "delete on", {}),
+        (4, "start -d off --cpus 2", {}),
+        (5, "list", {"error": -1743}),                  # UTM refuses
+        (5, "status --json off", {"error": -1743}),
+        (5, "list --json", {"crash": "TRAP"}),          # UTM cannot be reached
+        (5, "list --json", {"no_app": True}),
+        (6, "stop deaf -t 0.2", {}),                    # the time is over
+        (6, "list --json", {"hang": True}),
+        (6, "stop deaf nope -t 0.2", {}),               # several: the first that failed
+        (3, "stop nope deaf -t 0.2", {}),
+        (7, "alpha -- exit-7", {}),                     # ssh's own, once it has started
+        (9, "exec alpha -- /bin/sh -c exit\\ 9", {}),   # the command's own, once it has started
+        (0, "attach alpha --timeout 0.1", {}),          # a session is no failure, however it ends
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        master, slave = os.openpty()
+        for handle in (master, slave):
+            self.addCleanup(os.close, handle)
+        self.vm("alpha", "started", serials=[{"kind": "ptty", "path": os.ttyname(slave)}])
+        self.vm("off")
+        self.vm("on", "started", agent_after=None)
+        self.vm("deaf", "started", ignores_power_key=True)
+        for _ in range(2):
+            self.vm("twin")
+        with open(os.path.join(self.home, "broken.json"), "w", encoding="utf-8") as file:
+            file.write("{")
+        ssh = os.path.join(self.folder, "ssh that ends with 7")
+        with open(ssh, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\nexit 7\n")
+        os.chmod(ssh, 0o755)
+        with open(os.path.join(self.utm.folder, "ssh.real"), "w", encoding="utf-8") as file:
+            file.write(ssh)
+
+    def test_each_is_what_it_says(self) -> None:
+        patience: Any = self.PATIENCE
+        limits = {**patience["LIMITS"], "list": 0.3}
+        for status, line, fault in self.CASES:
+            with self.subTest(line):
+                self.utm.clear_faults()
+                if fault:
+                    self.utm.fault("list", **fault)
+                impatient = {"LIMITS": limits, "LOOK_LIMIT": 0.6} if "hang" in fault else {}
+                result = self.km_with(impatient, *shlex.split(line))
+                self.assertEqual(result.code, status, result.err)
+                if status in self.CODES and "--json" in line:
+                    self.assertEqual(result.out, "")
+                    error = json.loads(result.err)["error"]
+                    self.assertEqual((list(error), error["code"]), (["code", "message", "hint"], self.CODES[status]))
+                    self.assertTrue(error["message"] and error["hint"])
+                elif status in self.CODES:
+                    self.assertRegex(result.err, r"(?m)^kodemachine: .+\n  .+", "what it is, and what to do next")
+
+    def test_a_person_who_says_no_is_exit_1(self) -> None:
+        terminal = self.screen("purge")
+        terminal.expect(rb"\[y/N\] ")
+        terminal.send(b"n\n")
+        self.assertEqual(terminal.wait(), 1)
+
+    def test_a_reader_who_leaves_is_exit_141_without_a_word(self) -> None:
+        self.vm("a")
+        for args in (
+            (),
+            ("list",),
+            ("list", "--json"),
+            ("status", "off"),
+            ("--help",),
+            ("help", "list"),
+            ("--version",),
+            ("config",),
+        ):
+            process = self.start_km(*args)
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            self.assertEqual((process.wait(20), process.stderr.read()), (141, b""), args)
+
+    def test_a_signal_ends_it_with_128_and_its_number_and_leaves_no_child(self) -> None:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            uuid = self.vm(f"deaf{number}", "started", ignores_power_key=True)
+            process = self.start_km("stop", f"deaf{number}")
+            self.wait_until_asked("stop", uuid)
+            process.send_signal(number)
+            err = process.communicate(timeout=20)[1]
+            self.assertEqual((process.returncode, b"Traceback" in err), (128 + number, False), err)
+            self.assertNoChildrenLeft()
+
+    def test_these_are_the_documented_ones(self) -> None:
+        classes = [kodemachine.KodeError, kodemachine.UsageError, kodemachine.NotFound, kodemachine.WrongState,
+                   kodemachine.Unreachable, kodemachine.TimedOut]
+        self.assertEqual({kind.status: kind.slug for kind in classes}, self.CODES)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        rows = re.findall(r"(?m)^\| (\d+(?:, \d+)*) \|", readme)
+        documented = {int(number) for row in rows for number in row.split(", ")}
+        by_signal = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+        self.assertEqual(documented, {0, *self.CODES, *by_signal})
+        for word in (*self.CODES.values(), *JSON_KEYS, "addresses"):
+            self.assertIn(f"`{word}`", readme)
 
 
 def explained(*words: str) -> str:
@@ -6222,6 +6342,16 @@ class ArchitectureTest(unittest.TestCase):
                 ]
         self.assertEqual(silent, [])
 
+    def test_every_error_says_what_to_do_next(self) -> None:
+        kinds = {name for name, kind in vars(kodemachine).items()
+                 if isinstance(kind, type) and issubclass(kind, KodeError)}
+        silent = {
+            ast.unparse(node)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in kinds and len(node.args) < 2
+        }
+        self.assertEqual(silent, {"KodeError('nothing was changed')", "KodeError('nothing was deleted')"})     # a no
+
     def test_only_the_standard_library_is_imported(self) -> None:
         imported = {alias.name for node in ast.walk(self.tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {str(node.module) for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom)}
@@ -6359,7 +6489,7 @@ class MistakesTest(Case):
                 self.command("list"), stdout=full, stderr=subprocess.PIPE, env=self.environment, cwd=self.home
             )
             said = process.communicate(timeout=20)[1].decode()
-        self.assertEqual((process.returncode, said.count("\n")), (1, 1))
+        self.assertEqual((process.returncode, said.count("\n")), (1, 2))
         self.assertIn("the output cannot be written: ", said)
 
 
