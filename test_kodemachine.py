@@ -1447,7 +1447,7 @@ class Terminal:
 
     def __init__(self, argv: Sequence[str], env: dict[str, str], cwd: str) -> None:
         self.master, self.slave = os.openpty()
-        self.before = termios.tcgetattr(self.slave)
+        self.before = self.attributes()
         self.seen = b""  # all output so far
         self._read = 0  # how much of it expect() has consumed
         self.process = subprocess.Popen(
@@ -1456,8 +1456,11 @@ class Terminal:
         )  # fmt: skip
 
     def attributes(self) -> list[Any]:
-        """As termios.tcgetattr gives them; compare with `before`."""
-        return termios.tcgetattr(self.slave)
+        """As termios.tcgetattr gives them; compare with `before`.
+
+        By the master: macOS revokes the other side when its session's leader ends (xnu, bsd/kern/kern_exit.c).
+        """
+        return termios.tcgetattr(self.master)
 
     def send(self, octets: bytes) -> None:
         os.write(self.master, octets)
@@ -1466,8 +1469,9 @@ class Terminal:
         """Reads what has come within that time; says whether there was something."""
         if not select.select([self.master], [], [], seconds)[0]:
             return False
-        self.seen += os.read(self.master, 65536)
-        return True
+        octets = os.read(self.master, 65536)        # nothing: macOS has revoked the other side, all has been read
+        self.seen += octets
+        return bool(octets)
 
     def expect(self, pattern: bytes, limit: float = 20) -> re.Match[bytes]:
         """The next match of a regular expression in the output, within `limit` seconds."""
@@ -4202,6 +4206,20 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
                 out = self.install(SHELL=shell)
                 self.assertIn(f"is not on PATH; add this line to ~/{file}:\n  {line}\n", out)
                 self.assertFalse(os.path.exists(self.path("home/" + file)))
+
+    def test_the_tab_note_has_the_line_for_the_shell_in_use_until_it_is_there(self) -> None:
+        for shell, file, line in (("/bin/zsh", ".zshrc", 'eval "$(kodemachine completion zsh)"'),
+                                  ("/bin/bash", ".bashrc", 'eval "$(kodemachine completion bash)"'),
+                                  ("/usr/bin/fish", ".config/fish/config.fish", "kodemachine completion fish | source")):
+            with self.subTest(shell):
+                self.write("stubs/uname", "#!/bin/sh\necho Linux\n")
+                note = f"note: for completion by Tab add this line to ~/{file}:\n  {line}\n"
+                self.assertIn(note, self.install(SHELL=shell))
+                self.write("home/" + file, line + "\n")
+                self.assertNotIn("Tab", self.install(SHELL=shell))
+                self.assertEqual(self.read("home/" + file), line + "\n")
+        self.assertNotIn("Tab", self.install(SHELL="/bin/ksh"))
+        self.assertNotIn("Tab", self.install(SHELL=""))
 
     def test_missing_companions_are_notes_and_no_error(self) -> None:
         out = self.install()
