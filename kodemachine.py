@@ -3027,7 +3027,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
          option("--format", choices=["ansible"], help="an inventory for Ansible, by the machines' names"),
          option("-q", action="store_true", dest="labels_only", help="labels only"),
          option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"],
-         examples=["list", "list -a --json", "list --format ansible > hosts.json"])
+         examples=["list", "list -a --json", "list --format ansible"])
 def cmd_list(ctx: Context, opts: Arguments) -> int:
     """the machines, their state, address and size"""
     manager, out = ctx.manager, ctx.out
