@@ -3,8 +3,8 @@
 
     kodemachine project-alpha       clone if missing, start, wait for ssh, become ssh
 
-This file is the whole program. It is copied to ~/bin and started a hundred times a day, so it imports at
-the top only what every run needs; the rest is imported where it is used.
+This file is the whole program. It is installed as one file in ~/bin, compiled (a plain copy works, too), and started
+a hundred times a day, so it imports at the top only what every run needs; the rest is imported where it is used.
 
 It reads from top to bottom, and calls go the same way back, never up:
 
@@ -39,8 +39,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the older ones)
     sys.exit("kodemachine: needs Python 3.9 or newer, this is " + sys.version.split()[0])
@@ -64,7 +64,12 @@ DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once m
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
 GLANCE = 2.0            # for a look at the fleet that nobody has asked for: Tab, and the first screen
+TOOL_LIMIT = 120.0      # for curl's smaller errands, qemu-img and the like
+DOWNLOAD_LIMIT = 14400.0        # for an image, as long as it comes at all: curl sees to that
+CREATE_LIMIT = 900.0    # for a new machine's first boot, and then for cloud-init, which may install the guest agent
+SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
+SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
 EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
@@ -83,6 +88,10 @@ EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
 OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
 SCRIPT_ERROR = re.compile(r"\((-\d+)\)\s*$")
 HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
+
+UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
+CURL = ("-fsSL", "--connect-timeout", "30", "--speed-limit", "1000", "--speed-time", "60")
+PROGRAMS = ("osascript", "curl", "hdiutil", "xorriso", "genisoimage", "qemu-img", "sysctl")    # beside utmctl's verbs
 
 # Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
 RESERVED = frozenset({
@@ -137,6 +146,10 @@ class Unreachable(KodeError):
     """UTM cannot be reached, or refuses us."""
 
     status, slug = 5, "utm-unreachable"
+
+
+class NotPermitted(Unreachable):
+    """macOS does not let us control UTM (-1743)."""
 
 
 class TimedOut(KodeError):
@@ -201,11 +214,11 @@ class Reply(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """UTM's own words: what stands on stderr and is not utmctl's."""
+        """UTM's own words: what stands on stderr and is not utmctl's; without any, the error's number."""
         own = ("Error from event: ", "NOTE: ", "WARNING: ")
         lines = [line.strip() for line in self.err.splitlines() if line.strip() and not line.startswith(own)]
-        text = lines[-1] if lines else ""
-        return text.removeprefix("Error: ")
+        number = f"error {self.numbers[-1]}" if any(self.numbers) else ""
+        return lines[-1].removeprefix("Error: ") if lines else number
 
 
 class Row(NamedTuple):
@@ -270,6 +283,9 @@ class Notes:
     def tick(self) -> None:
         """Time passes."""
 
+    def progress(self, text: str) -> None:
+        """How far the step has come."""
+
     def warn(self, text: str) -> None:
         """Something the person should know, though it goes on."""
 
@@ -298,13 +314,13 @@ def outcome_of(number: int) -> Outcome:
 
 
 def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
-    """The outcome of a utmctl or osascript call that has ended by itself, by its numbers.
+    """The outcome of a call to utmctl or one of PROGRAMS that has ended by itself, by its numbers.
 
     With --hide an error of its own may precede a success (contract 4), so the last number counts; a refusal
     counts wherever it stands. The status of `exec` is the guest's, if no event failed.
     """
-    if verb == "osascript":
-        match = SCRIPT_ERROR.search(err.strip())
+    if verb in PROGRAMS:
+        match = SCRIPT_ERROR.search(err.strip()) if verb == "osascript" else None
         if code == 0:
             return Outcome.DONE, ()
         number = int(match.group(1)) if match else 0
@@ -373,6 +389,16 @@ def parse_addresses(out: str) -> list[str]:
     return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
 
 
+def parse_macs(out: str) -> dict[str, list[str]]:
+    """The network addresses that ADDRESSES tells, by UUID; `?` where UTM does not tell one."""
+    found: dict[str, list[str]] = {}
+    for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", out, re.MULTILINE):
+        macs = found.setdefault(uuid, [])
+        if mac != "-":
+            macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+    return found
+
+
 def parse_host_keys(lines: Sequence[str]) -> list[str]:
     """The host keys, as `type base64`, whose type stands inside them as well; a guest may send anything."""
     import base64
@@ -384,8 +410,7 @@ def parse_host_keys(lines: Sequence[str]) -> list[str]:
         if match and match.end() in (len(line), line.find(" ", match.end())):
             kind = match.group(1).encode()
             with contextlib.suppress(binascii.Error):
-                if base64.b64decode(match.group(2), validate=True)[:4 + len(kind)] == len(kind).to_bytes(4,
-                                                                                                         "big") + kind:
+                if base64.b64decode(match.group(2), validate=True).startswith(len(kind).to_bytes(4, "big") + kind):
                     keys.append(f"{match.group(1)} {match.group(2)}")
     return keys[:8]
 
@@ -563,8 +588,10 @@ class Interrupts:
 
 
 def write_file(path: str, data: str) -> None:
-    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Raises KodeError. Callers
-    hold a lock."""
+    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Callers hold a lock.
+
+    Raises KodeError.
+    """
     make_folder(os.path.dirname(path))
     beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
     try:
@@ -692,6 +719,7 @@ class State:
 
     def __init__(self, folder: str, notes: Notes) -> None:
         self.folder, self._notes = folder, notes
+        self.trouble = ""       # what is wrong with the records; said once
 
     def path(self, *parts: str) -> str:
         """A path in the state folder."""
@@ -756,8 +784,16 @@ class State:
             problem = "not what kodemachine wrote"
         except (ValueError, OSError) as failure:
             problem = str(failure)
-        self._notes.warn(f"{self.path('machines.json')} is of no use ({problem}); going on without it")
+        if not self.trouble:
+            self.trouble = f"{self.path('machines.json')} is of no use ({problem})"
+            self._notes.warn(f"{self.trouble}; going on without it")
         return {}
+
+    def intents(self) -> list[str]:
+        """The names of the machines whose cloning was begun and has not been seen to end."""
+        folder = self.path("intents")
+        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [entry[:-5] for entry in entries if entry.endswith(".json")]
 
     def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         with self.lock("records", 30, what="its records"):
@@ -823,14 +859,16 @@ class Intent:
         with contextlib.suppress(ValueError, OSError):
             found = json.loads(read_text(self._path) or "null")
             if isinstance(found, dict) and isinstance(found.get("listed"), list) \
+                    and isinstance(found.get("inherits", {}), dict) \
                     and all(isinstance(found.get(key), str) for key in ("base", "base_uuid")) \
                     and isinstance(found.get("time"), (int, float)):
                 return found
         return None
 
-    def declare(self, base: Row, rows: Sequence[Row]) -> tuple[dict[str, Any], int]:
+    def declare(self, base: Row, rows: Sequence[Row], inherits: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Writes the intent, and returns it with the locked handle that the call inherits."""
-        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows]}
+        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows],
+                  "inherits": inherits}
         write_file(self._path, json.dumps(intent) + "\n")
         handle = os.open(self._path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -890,8 +928,8 @@ def _is_text(value: object) -> bool:
 
 
 def _is_prefix(value: object) -> bool:
-    return isinstance(value,
-                      str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 and not "kodeimage-v".startswith(value)
+    return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 \
+        and not "kodeimage-v".startswith(value)
 
 
 # For each key: what it must be, in words for the person, and the test of it.
@@ -991,7 +1029,7 @@ class Config:
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
 
 
-# ---- the choke point: utmctl and osascript
+# ---- the choke point: utmctl, osascript, and what an image is made with
 
 # The scripts for osascript (contract 7). They read the configuration, change it in place and send the whole
 # record back, because UTM removes the elements of a list that a record does not name.
@@ -1011,6 +1049,30 @@ on run argv
       on error
         set report to report & id of vm & " ?\\n"
       end try
+    end repeat
+    return report
+  end tell
+end run
+"""
+DEVICES = """\
+-- kodemachine: devices
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set report to "backend other\\n"
+    if backend of vm is qemu then set report to "backend qemu\\n"
+    set config to configuration of vm
+    set screens to displays of config
+    set report to report & "displays " & (count of screens) & "\\n"
+    set wires to serial ports of config
+    repeat with wire in wires
+      if interface of wire is ptty then
+        set report to report & "serial ptty\\n"
+      else if interface of wire is tcp then
+        set report to report & "serial tcp\\n"
+      else
+        set report to report & "serial window\\n"
+      end if
     end repeat
     return report
   end tell
@@ -1044,8 +1106,51 @@ end run
 """
 
 
+# UTM's other defaults are what a headless machine wants: UEFI, a shared network, a ptty serial port and no display.
+# It copies the disk into its own folder, and reads the seed where it is.
+MAKE = """\
+-- kodemachine: make
+on run argv
+  set {theName, theKind, theCpus, theMemory, theDisk, theSeed} to argv
+  set theDisk to POSIX file theDisk
+  set theSeed to POSIX file theSeed
+  set theCpus to theCpus as integer
+  set theMemory to theMemory as integer
+  with timeout of 900 seconds
+    tell application "UTM"
+      set theDrives to {{source:theDisk}, {removable:true, source:theSeed}}
+      set theRecord to {name:theName, architecture:theKind, cpu cores:theCpus, memory:theMemory, drives:theDrives}
+      set vm to make new virtual machine with properties {backend:qemu, configuration:theRecord}
+      return id of vm
+    end tell
+  end timeout
+end run
+"""
+DETACH = """\
+-- kodemachine: detach
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set config to configuration of vm
+    set found to drives of config
+    set drives of config to {item 1 of found}
+    update configuration of vm with config
+    set config to configuration of vm
+    set found to drives of config
+    set first_one to item 1 of found
+    return ((count of found) as text) & " " & removable of first_one
+  end tell
+end run
+"""
+INSTALL_AGENT = """\
+command -v qemu-ga >/dev/null ||
+  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
+  dnf -qy install qemu-guest-agent
+systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
+
+
 class Utmctl:
-    """The one door to utmctl and osascript: finds them, bounds every call, and says what became of it."""
+    """The one door to utmctl, osascript and PROGRAMS: finds them, bounds every call, and says what became of it."""
 
     def __init__(self, configured: str | None, interrupts: Interrupts, notes: Notes) -> None:
         self._configured, self._interrupts, self.notes = configured, interrupts, notes
@@ -1059,8 +1164,10 @@ class Utmctl:
             places = [shutil.which(program) or "", *(UTMCTL_PLACES if program == "utmctl" else ())]
             if program == "utmctl" and self._configured:
                 places = [self._configured]
-            usable = [p for p in map(os.path.expanduser, filter(None, places)) if os.path.isfile(p)
-                      and os.access(p, os.X_OK)]
+            usable = [place for place in map(os.path.expanduser, filter(None, places))
+                      if os.path.isfile(place) and os.access(place, os.X_OK)]
+            if not usable and program not in ("utmctl", "osascript"):
+                raise KodeError(f"there is no {program} on PATH", "Install it, then run the same command again.")
             if not usable:
                 where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
                 raise Unreachable(
@@ -1075,7 +1182,7 @@ class Utmctl:
     def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
               keep: Sequence[int] = ()) -> Call:
         """Starts one call; `limit` in seconds, or the verb's own. Raises Unreachable if it cannot be run."""
-        argv = [self.path("osascript"), *args] if verb == "osascript" else [self.path(), verb, *args]
+        argv = [self.path(verb), *args] if verb in PROGRAMS else [self.path(), verb, *args]
         try:
             with self._interrupts.held():       # between the child's birth and its entry here it would be lost
                 call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
@@ -1136,7 +1243,7 @@ class Utmctl:
     def insist(self, reply: Reply) -> Reply:
         """The reply, unless no repetition could help: raises Unreachable."""
         if reply.outcome is Outcome.REFUSED:
-            raise Unreachable("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
+            raise NotPermitted("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
         if reply.outcome is Outcome.NO_APP:
             raise Unreachable("utmctl does not find UTM",
                               "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
@@ -1191,12 +1298,12 @@ class Utmctl:
         Raises Unreachable or TimedOut.
         """
         reply = self.insist(self.call("list", limit=limit))
-        rows, _ = parse_list(reply.out)
+        rows, sound = parse_list(reply.out)
         if reply.outcome is Outcome.HUNG:
             raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow. See: kodemachine list")
-        if reply.outcome is not Outcome.DONE and not rows:
-            raise Unreachable(f"UTM gave no list ({', '.join(map(str, reply.numbers)) or reply.outcome.value})",
-                              "It may only be starting. See: kodemachine list")
+        if not rows and not (sound and reply.outcome is Outcome.DONE):
+            number = f" ({reply.numbers[-1]})" if reply.numbers else ""
+            raise Unreachable(f"UTM gave no list{number}", "It may only be starting. See: kodemachine list")
         return rows
 
     def close(self) -> None:
@@ -1306,6 +1413,16 @@ def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Call
         reader.join(0.2)
         tick()
     return dict(found)
+
+
+def free_space(path: str) -> int | None:
+    """Free bytes of the volume that `path` is on, None if it cannot be told."""
+    while not os.path.exists(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
 
 
 # ---- the way to the guest's ssh server
@@ -1496,27 +1613,22 @@ class VM:
 
     def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
                   macs: Sequence[str] = ()) -> Reply:
-        """Changes a stopped machine's configuration; memory in MiB. The answer has a line each for name, memory, CPUs,
-        and
-        every network address, as they are then."""
+        """Changes a stopped machine's configuration; memory in MiB.
+
+        The answer has a line each for name, memory, CPUs, and every network address, as they are then.
+        """
         return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
 
     def make_unique(self, memory: int | None, cpus: int | None) -> None:
-        """Gives a stopped machine network addresses that no other has, and `memory` (MiB) and `cpus` in the same
-        change.
+        """Gives a stopped machine network addresses that no other has, with `memory` (MiB) and `cpus` in one change.
 
-        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError if it is not done and
-        proved.
+        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError unless it is proved done.
         """
         problem = "UTM does not answer"
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
             reply = self._utm.script(ADDRESSES)
             if reply.outcome is Outcome.DONE:
-                found: dict[str, list[str]] = {}
-                for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", reply.out, re.MULTILINE):
-                    macs = found.setdefault(uuid, [])
-                    if mac != "-":
-                        macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+                found = parse_macs(reply.out)
                 if self.uuid not in found:      # an empty answer, as while UTM starts, proves nothing
                     problem = "UTM's answer lacks it"
                     continue
@@ -1646,18 +1758,31 @@ class VM:
             "Look at it in UTM's window, then try again.",
         )
 
-    def run(self, argv: Sequence[str], stdin: int | None = None) -> tuple[int, bytes, bytes]:
+    def await_agent(self, limit: float) -> None:
+        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
+        for _ in attempts(limit, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.insist(self._utm.call("exec", self.uuid, "--cmd", "echo", "ready"))
+            if reply.out == "ready\n":
+                return
+            self._must_run()
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s"
+                       + (f": {printable(reply.sentence)}" if reply.sentence else ""),
+                       "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
+
+    def run(self, argv: Sequence[str], stdin: int | None = None,
+            limit: float = float("inf")) -> tuple[int, bytes, bytes]:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
 
         It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
         for one killed by a signal, and for a lost result (contract 1.3). The `--` in front of it, which is the shell's
         $0, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
+        After `limit` seconds it is no longer listened to.
         Raises KodeError if the command was not run, or if how it ended is not known.
         """
         mark = f"kodemachine-{os.urandom(8).hex()}:"
         script = f'"$@"; code=$?; printf "\\n{mark}%s\\n" "$code" >&2; exit "$code"'
         words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", script, "--", *argv]
-        call = self._utm.begin("exec", *words, limit=float("inf"), stdin=subprocess.DEVNULL if stdin is None else stdin)
+        call = self._utm.begin("exec", *words, limit=limit, stdin=subprocess.DEVNULL if stdin is None else stdin)
         reply = self._utm.finish(call)
         assert reply
         out, err = reply.raw
@@ -1670,8 +1795,11 @@ class VM:
         if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
             raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known",
                             f"Look in the machine: kodemachine ssh {self.name}")
-        raise KodeError(f"the command was not run in {self.name}: {printable(reply.sentence) or reply.outcome.value}",
-                        f"It needs qemu-guest-agent in the guest; ssh may still work: kodemachine ssh {self.name}")
+        much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
+        raise KodeError(f"the guest agent of {self.name} did not confirm that the command was run: "
+                        f"{printable(reply.sentence) or reply.outcome.value}",
+                        much * (stdin is not None) + "It needs qemu-guest-agent in the guest; ssh may still work: "
+                        f"kodemachine ssh {self.name}")
 
     def serial_port(self, index: int | None) -> str:
         """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""
@@ -1695,10 +1823,25 @@ class VM:
         )
 
 
+def open_script(path: str) -> BinaryIO:
+    """The script that `first_boot` names. Raises UsageError if it cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as failure:
+        raise UsageError(f"first_boot is {path}: {failure.strerror}",
+                         "Name another script: kodemachine config set first_boot PATH ('' for none)") from None
+
+
 def local_network_rules() -> bool:
     """Whether this is macOS 15 (Darwin 24) or newer, which asks before a program may speak to the local network."""
     system = os.uname()
     return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
+
+
+def own_path() -> str:
+    """The absolute path of this program; install.sh makes it a zip application, inside of which `__file__` is."""
+    path = os.path.realpath(__file__)
+    return path if os.path.exists(path) else os.path.dirname(path)
 
 
 def as_words(options: dict[str, str]) -> list[str]:
@@ -1707,6 +1850,7 @@ def as_words(options: dict[str, str]) -> list[str]:
 
 
 # ---- the fleet
+
 
 class Cloner:
     """Makes one copy of a stopped machine under a new name, and only one, whatever is lost or interrupted.
@@ -1724,8 +1868,9 @@ class Cloner:
         found = intent.load()
         if not found or row.uuid in found["listed"]:
             return False
-        self._state.record(row.uuid, name=row.name, image={"name": found["base"], "uuid": found["base_uuid"]},
-                           created=iso_time(found["time"]), new=True)
+        image = {"name": found["base"], "uuid": found["base_uuid"]}
+        inherits = {"image": image, **found.get("inherits", {})}
+        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True})
         intent.remove()
         return True
 
@@ -1739,19 +1884,39 @@ class Cloner:
         self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
         return self._await(name, intent, found, None, left)
 
-    def clone(self, base: Row, name: str, rows: Sequence[Row]) -> Row:
-        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock."""
+    @staticmethod
+    def must_be_free(name: str, rows: Sequence[Row]) -> None:
+        """Raises WrongState if a machine bears that name (compared without case, as UTM's folders are)."""
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
             raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
                              "UTM's folders do not tell upper from lower case. Rename it in UTM.")
+
+    def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
+        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
+
+        `inherits`: what to record of the copy, unless it is only that `base` is its image.
+        """
+        self.must_be_free(name, rows)
         self._await_other_calls(base)
+        return self._bring(base, name, rows, f"cloning {printable(base.name)} to {name}",
+                           ("clone", base.uuid, "--name", name), inherits)
+
+    def make(self, name: str, rows: Sequence[Row], words: Sequence[str]) -> Row:
+        """Has UTM make a new machine, with the `words` behind its name in MAKE. Callers hold the fleet's lock."""
+        self.must_be_free(name, rows)
+        return self._bring(Row("", Power.STOPPED, name), name, rows, f"making {name}",
+                           ("osascript", "-e", MAKE, name, *words), {"image": None, "making": True})
+
+    def _bring(self, base: Row, name: str, rows: Sequence[Row], what: str, words: Sequence[str],
+               inherits: dict[str, Any]) -> Row:
+        """The machine that the call `words` brings; made once more if UTM has not heard it."""
         intent = Intent(self._state, name)
         for repeated in (False, True):
-            self._notes.step(f"cloning {printable(base.name)} to {name}" + " once more" * repeated)
-            found, handle = intent.declare(base, rows)
+            self._notes.step(what + " once more" * repeated)
+            found, handle = intent.declare(base, rows, inherits)
             try:
-                call = self._utm.begin("clone", base.uuid, "--name", name, limit=self._limit, keep=[handle])
+                call = self._utm.begin(*words, limit=self._limit, keep=[handle])
             except Unreachable:
                 intent.remove()             # nothing was asked of UTM
                 raise
@@ -1766,14 +1931,11 @@ class Cloner:
         intent.remove()
         assert call.reply
         number = f" ({call.reply.numbers[-1]})" if call.reply.numbers else ""
-        raise Unreachable(f"UTM did not take the order to clone {printable(base.name)}{number}",
-                          "Open UTM and try again. " + NOT_ALLOWED)
+        raise Unreachable(f"UTM did not take the order ({what}){number}", "Open UTM and try again. " + NOT_ALLOWED)
 
     def _await_other_calls(self, base: Row) -> None:
         """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
-        folder = self._state.path("intents")
-        names = [entry[:-5] for entry in os.listdir(folder) if entry.endswith(".json")] if os.path.isdir(folder) else []
-        for name in names:
+        for name in self._state.intents():
             intent = Intent(self._state, name)
             if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
                 self._notes.step(f"waiting until UTM has cloned {name}")
@@ -1833,6 +1995,7 @@ class Cloner:
     def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
         """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
         base = printable(found["base"])
+        deed = f"clone {base} to {name}" if found["base_uuid"] else f"make {name}"
         try:
             self._utm.insist(reply)
         except Unreachable as refusal:
@@ -1841,12 +2004,12 @@ class Cloner:
             running = [row for row in self._utm.rows() if row.uuid == found["base_uuid"]
                        and row.power is not Power.STOPPED]
             return KodeError(
-                f"UTM could not clone {base} to {name}: {printable(reply.sentence)}",
-                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running else
-                "Look at it in UTM's window, then try again.",
+                f"UTM could not {deed}: {printable(reply.sentence)}",
+                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running
+                else "Is the disk full? Try it in UTM's window; it may show more.",
             )
         if reply.outcome is Outcome.DONE and seconds >= SETTLE:
-            return KodeError(f"UTM reported that it cloned {base}, but there is no new machine",
+            return KodeError(f"UTM reported that it did {deed}, but there is no new machine",
                              "Try again; is the disk full?")
         return None
 
@@ -1867,6 +2030,10 @@ class Cloner:
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
 # mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
+#
+# If $2 is `renew`, it is a fork, which has the host keys and the machine-id of the machine it was cloned from. They
+# are replaced, each as a whole. DHCP clients send what was made of the machine-id at boot (contract 3), and ask for
+# the address of their last lease: so that is dropped, and the caller starts the guest anew.
 PERSONALITY = r"""
 label=$1
 { printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
@@ -1875,6 +2042,22 @@ if grep -q '^127\.0\.1\.1[[:space:]]' /etc/hosts; then
   hosts=$(sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $label/" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 else
   printf '127.0.1.1 %s\n' "$label" >> /etc/hosts
+fi
+if [ "$2" = renew ]; then
+  renewed=yes
+  for public in /etc/ssh/ssh_host_*_key.pub; do
+    [ -f "$public" ] || continue
+    key=${public%.pub}; kind=${key##*ssh_host_}
+    rm -f "$key.new" "$key.new.pub"
+    { ssh-keygen -q -t "${kind%_key}" -N '' -C "root@$label" -f "$key.new" < /dev/null &&
+      mv "$key.new" "$key" && mv "$key.new.pub" "$public"; } || renewed=no
+  done
+  id=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
+  { [ ${#id} = 32 ] && echo "$id" > /etc/machine-id.new && mv /etc/machine-id.new /etc/machine-id; } || renewed=no
+  if [ -f /var/lib/dbus/machine-id ]; then ln -sf /etc/machine-id /var/lib/dbus/machine-id; fi
+  rm -f /var/lib/dhcp/*.leases /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
+  sync
+  echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
 for key in /etc/ssh/ssh_host_*_key.pub; do
@@ -1922,7 +2105,8 @@ class Manager:
         return label if ours and not label.startswith(self.settings.prefix) else None
 
     def _image_uuids(self) -> set[str]:
-        images = (record.get("image") for record in self.state.records().values())
+        images = (record.get("image") for record in self.state.records().values()
+                  if not IMAGE.fullmatch(str(record.get("name"))))      # what an image was made from, is none itself
         return {image["uuid"] for image in images if isinstance(image, dict) and isinstance(image.get("uuid"), str)}
 
     def images(self, rows: Sequence[Row]) -> list[Row]:
@@ -1965,7 +2149,8 @@ class Manager:
             yield
 
     @contextlib.contextmanager
-    def _fleet(self) -> Iterator[None]:
+    def fleet(self) -> Iterator[None]:
+        """Holds the fleet's lock: for clone, rename, configuration and delete."""
         with self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
             yield
 
@@ -1982,8 +2167,8 @@ class Manager:
         only kept if the list shows exactly that machine, started. Callers hold the label's lock.
         """
         name = self.settings.prefix + label
-        known = [uuid for uuid,
-                 record in self.state.records().items() if record.get("name") == name and UUID.fullmatch(uuid)]
+        known = [uuid for uuid, record in self.state.records().items()
+                 if record.get("name") == name and UUID.fullmatch(uuid)]
         call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
         try:
             rows = self.utm.rows()
@@ -2003,18 +2188,49 @@ class Manager:
     def _clone(self, label: str, wishes: Wishes) -> Row:
         """A new machine of that label, or the one that an earlier run began to make."""
         name = self.settings.prefix + label
-        with self._fleet():
+        with self.fleet():
             row = self._cloner.finish(name)
             if row:
                 self._cloner.adopt(row)
                 self._keep_as_it_is(row, label, wishes._replace(base=None))
             rows = self.utm.rows()
             if row is None:
+                if self.settings.first_boot:
+                    open_script(self.settings.first_boot).close()       # said now, and not by the new machine
                 row = self._cloner.clone(self.base(rows, wishes.base), name, rows)
                 self._cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
             return row
+
+    def fork(self, label: str, new: str) -> None:
+        """Clones a stopped clone under a new label; the copy counts as one of the same image.
+
+        Raises WrongState if that cannot be, or if there is a machine of that name, unless an earlier run of this
+        made it. Callers hold both labels' locks.
+        """
+        vm, name = self.find(label), self.settings.prefix + new
+        record = self.record_of(vm.uuid)
+        if record.get("saved"):
+            raise WrongState(f"{vm.name} has a saved session, which its copy would lack",
+                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
+        if vm.power is not Power.STOPPED:
+            raise WrongState(f"{vm.name} is {vm.power.value}; only a stopped machine can be cloned",
+                             f"First: kodemachine stop {label}")
+        with self.fleet():
+            found = Intent(self.state, name).load()
+            if found and found["base_uuid"] != vm.uuid:
+                raise WrongState(f"an earlier run began to clone {printable(found['base'])} to {name}",
+                                 f"To complete that: kodemachine {new}")
+            row = self._cloner.finish(name)
+            rows = self.utm.rows()
+            if row is None and self.row_of(rows, new):
+                raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
+            hook = None if record.get("new") else record.get("first_boot") or "done"        # on its disk, as there
+            row = row or self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
+                                            fork=True, first_boot=hook)
+            self._cloner.adopt(row)
+            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
 
     def _may_clone(self, label: str, wishes: Wishes) -> None:
         if not wishes.may_clone:
@@ -2043,16 +2259,19 @@ class Manager:
             raise WrongState(f"{row.name} is {row.power.value}; only a stopped machine can be started as disposable",
                              f"First: kodemachine stop {label}")
 
+    def configured(self, rows: Sequence[Row]) -> str | None:
+        """The name of the image that new machines come from: the configured one, or the highest version there is."""
+        versions = [row.name for row in rows if IMAGE.fullmatch(row.name)]
+        return self.settings.base_image or max(
+            versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
+
     def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
         """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
-        images = [row for row in rows if IMAGE.fullmatch(row.name)]
         names = ", ".join(sorted(printable(row.name) for row in self.images(rows))) or "none yet"
-        wanted = wanted or self.settings.base_image
-        if wanted is None and not images:
-            raise NotFound("there is no image to clone", "Make a virtual machine in UTM, and name it kodeimage-v0.1.0 "
-                           "(README: The golden image).")
+        wanted = wanted or self.configured(rows)
         if wanted is None:
-            wanted = max(images, key=lambda row: tuple(map(int, row.name[11:].split(".")))).name
+            raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
+                           "(README: The golden image).")
         found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()]
         if not found:
             raise NotFound(f"there is no image {printable(wanted)}", f"Images: {names}. Choose one with --base, or: "
@@ -2079,25 +2298,30 @@ class Manager:
         limit = wishes.timeout or self.settings.boot_timeout
         began = time.monotonic()
         record = self.record_of(vm.uuid)
+        renews = record.get("fork") and vm.power is Power.STOPPED and not (wishes.disposable or record.get("saved"))
         if vm.power is not Power.STARTED:
             resumes = vm.power is Power.PAUSED or record.get("saved")
             self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
             vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
-                        before_cold=lambda: self._before_cold_start(vm, record, wishes))
+                        before_cold=lambda: self.before_cold_start(vm, record, wishes))
             record = self.record_of(vm.uuid)
         if record.get("saved") or record.get("new"):
-            self.state.record(vm.uuid, saved=None, new=None)
+            hook = "pending" if record.get("new") and self.settings.first_boot else None
+            self.state.record(vm.uuid, saved=None, new=None, first_boot=record.get("first_boot") or hook)
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
+        if renews:
+            return self._renew(vm, label, wishes) or address
         if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
             self._give_personality(vm, label)
         return address
 
-    def _before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
+    def before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
+        """Sees to a network address of its own, and drops what an earlier boot alone knew."""
         if not record.get("saved"):
             if wishes.cpus or wishes.memory or not record.get("mac_checked"):
-                with self._fleet():
+                with self.fleet():
                     self._notes.step(f"checking the network address of {vm.name}")
                     vm.make_unique(wishes.memory, wishes.cpus)
             self.state.record(vm.uuid, name=vm.name, mac_checked=True)
@@ -2105,14 +2329,38 @@ class Manager:
         self.state.record(vm.uuid, disposable=wishes.disposable or None,
                           host_keys=None if lost_keys else record.get("host_keys"))
 
-    def read_guest(self, vm: VM, label: str, *, needed: bool = False) -> tuple[list[str], str] | None:
+    def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
+        """Gives a fork host keys and a machine-id of its own, and starts it anew, since only then they count.
+
+        Returns its address then, or None if its guest agent did not do it; the next cold start tries again.
+        """
+        self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
+        told = self.read_guest(vm, label, renew=True)
+        if told is None:
+            return None
+        self._notes.step(f"restarting {vm.name}")
+        try:
+            vm.ask_to_stop(self.settings.stop_timeout)
+        except TimedOut:
+            vm.force_off()          # what was written has been synced
+        self.state.record(vm.uuid, host_keys=told[0] or None, machine_id=printable(told[1]) or None, personality=True,
+                          fork=None, learning=None)
+        limit = wishes.timeout or self.settings.boot_timeout
+        vm.power_on(limit, hide=self.settings.headless and not wishes.gui)
+        self._notes.step(f"waiting for ssh on {vm.name}")
+        return vm.greet(self.settings.ssh_port, limit)
+
+    def read_guest(self, vm: VM, label: str, *, needed: bool = False, renew: bool = False) -> \
+            tuple[list[str], str] | None:
         """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
-        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", label)
+        words = [label, *["renew"] * renew]
+        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", *words)
         if needed:
             self.utm.insist(reply)
         pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
         told = dict(pairs)
-        if reply.outcome is not Outcome.DONE or told.get("hostname") != label or told.get("end") != label:
+        wanted = {"hostname": label, "end": label, **({"renewed": "yes"} if renew else {})}
+        if reply.outcome is not Outcome.DONE or any(told.get(key) != value for key, value in wanted.items()):
             self._notes.warn(
                 f"the guest agent did not name {vm.name} ({reply.outcome.value}"
                 + (f": {printable(reply.sentence)}" if reply.sentence else "")
@@ -2155,6 +2403,15 @@ class Manager:
             self.state.record(vm.uuid, name=vm.name, learning=True)
         return bool(keys)
 
+    def first_boot(self, vm: VM) -> str | None:
+        """The script that is still to be run in a machine, if there is one."""
+        return self.settings.first_boot if self.record_of(vm.uuid).get("first_boot") == "pending" else None
+
+    def first_boot_done(self, vm: VM) -> None:
+        """The script has been run; unless that is forgotten at power-off."""
+        if not self.record_of(vm.uuid).get("disposable"):
+            self.state.record(vm.uuid, first_boot="done")
+
     def _own_options(self, pinned: bool) -> dict[str, str]:
         """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
         def quoted(path: str) -> str:
@@ -2178,11 +2435,107 @@ class Manager:
     def name_options(self) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
 
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and script by
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
         absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
-        proxy = shlex.join([sys.executable, "-IS", os.path.realpath(__file__)]).replace("%", "%%")
+        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
         return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
+
+    # -- images
+
+    def machine(self, text: str) -> Row:
+        """The machine of that UTM name, UUID or label. Raises NotFound, or WrongState that names both readings."""
+        name = self.settings.prefix + text
+        rows = self.utm.rows()
+        found = [row for row in rows if row.name == text or row.uuid == text.upper()
+                 or (row.name == name and self.label_of(name))]
+        if len(found) > 1:
+            raise WrongState(f"{printable(text)} may be one of {len(found)} machines: "
+                             + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
+        if not found:
+            raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
+        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-") \
+                or found[0].name == self.configured(rows):
+            raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
+                             "Seal a clone of it instead.")
+        return found[0]
+
+    @contextlib.contextmanager
+    def sealing(self, text: str) -> Iterator[VM]:
+        """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
+        row = self.machine(text)
+        name = row.name if self.label_of(row.name) else row.uuid    # foreign names may not do for a file's
+        with self.state.lock(name, self.settings.lock_limit, what=printable(row.name)):
+            row = self.machine(row.uuid)
+            record = self.record_of(row.uuid)
+            if record.get("saved"):
+                raise WrongState(f"{row.name} has a saved session, which sealing would lose",
+                                 "Resume it and shut it down first.")
+            if record.get("disposable") and row.power is not Power.STOPPED:
+                raise WrongState(f"{row.name} runs as disposable: what is changed in it is lost when it stops",
+                                 "Stop it first.")
+            yield VM(self.utm, row)
+
+    def forget_guest(self, vm: VM) -> None:
+        """Drops what is known of a guest whose host keys are about to go."""
+        if vm.uuid in self.state.records():
+            self.state.record(vm.uuid, host_keys=None, machine_id=None, personality=None, learning=None)
+        self.state.pin(vm.name, [])
+
+    def image_begun(self, vm: VM, name: str) -> Row | None:
+        """The image `name` that an earlier run began to copy from this machine.
+
+        None if there is none. Raises WrongState if a machine of that name is another one.
+        """
+        with self.fleet():
+            begun = Intent(self.state, name).load()
+            row = self._cloner.finish(name)
+            if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
+                return row
+            self._cloner.must_be_free(name, self.utm.rows())
+            return None
+
+    def copy_to_image(self, vm: VM, name: str) -> Row:
+        """Copies a stopped machine under an image's name."""
+        with self.fleet():
+            row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self.utm.rows())
+            self._cloner.adopt(row)
+            return row
+
+    def must_be_free(self, name: str, rows: Sequence[Row]) -> None:
+        """Raises WrongState if a machine bears that name."""
+        self._cloner.must_be_free(name, rows)
+
+    def made(self, name: str) -> Row | None:
+        """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
+        with self.fleet():
+            row = self._cloner.finish(name)
+            return row if row and self._cloner.adopt(row) else None
+
+    def make(self, name: str, *words: str) -> Row:
+        """Has UTM make a new machine; the words are MAKE's."""
+        with self.fleet():
+            row = self._cloner.make(name, self.utm.rows(), words)
+            self._cloner.adopt(row)
+            return row
+
+    def rename(self, vm: VM, name: str) -> None:
+        """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
+        with self.fleet():
+            self.must_be_free(name, self.utm.rows())
+            for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+                reply = self.utm.insist(vm.configure(name=name))
+                if Row(vm.uuid, Power.STOPPED, name) in self.utm.rows():
+                    vm.name = name
+                    return
+                if reply.outcome is Outcome.FAILED:
+                    break
+            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}",
+                            "Rename it in UTM, or run the same command again.")
+
+    def is_first_image(self, vm: VM) -> bool:
+        """Whether there is no other image, and none is configured."""
+        return not self.settings.base_image and {row.uuid for row in self.images(self.utm.rows())} <= {vm.uuid}
 
     # -- looking
 
@@ -2288,7 +2641,7 @@ class Manager:
                                  f"Stop it first, or: kodemachine delete --force {self.label_of(vm.name)}")
             vm.force_off()
         disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
-        with self._fleet():
+        with self.fleet():
             rows = self.utm.rows()
             ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
             if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
@@ -2301,7 +2654,9 @@ class Manager:
 
     def tidy(self) -> None:
         """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
-        with self._fleet():
+        if not self.state.records():
+            return
+        with self.fleet():
             listed = {row.uuid for row in self.utm.rows()}
             records = self.state.records()
             for name in {str(record.get("name")) for uuid, record in records.items() if uuid not in listed}:
@@ -2314,6 +2669,900 @@ class Manager:
     def is_orphan(self, row: Row) -> bool:
         """Whether a machine was made with --rm, and its kodemachine is no more."""
         return bool(self.record_of(row.uuid).get("rm")) and not self.state.locked(row.name + ".session")
+
+
+# ---- golden images
+
+# What the guest agent runs in a machine that becomes an image, as root: $1 is `check` (look only), `apply`, or `prove`
+# (look once more: what is wrong now is an error), $2 the user, $3 their public key, $4 `yes` if they may become root
+# unasked. Each step says `step NAME ok|would|done|bad|warn DETAIL`. What find_NAME prints is what is wrong there, and
+# fix_NAME mends it; so whatever was cut off, the next run goes on from there. The end is proved by the last line.
+SEAL = r"""
+mode=$1 user=$2 key=$3 sudo=$4
+
+say() { printf 'step %s %s %s\n' "$1" "$2" "$3"; }
+brief() { awk 'NR == 1 { first = $0 } END { if (NR > 1) first = first " and " NR - 1 " more"; print first }'; }
+bad() { say "$1" bad "$2"; [ "$mode" = check ] || { echo end; exit; }; }
+need() { found=$(find_"$1"); if [ -n "$found" ]; then bad "$1" "$found"; else say "$1" ok; fi; }
+hint() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  if [ -n "$found" ]; then say "$1" warn "$found"; else say "$1" ok; fi
+}
+step() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  case $mode-$found in
+    *-) say "$1" ok;;
+    check-*) say "$1" would "$found";;
+    prove-*) bad "$1" "$found";;
+    *) said=$(fix_"$1" 2>&1 </dev/null | tail -n 1)
+      left=$(find_"$1" 2>/dev/null | brief)
+      if [ -n "$left" ]; then bad "$1" "$left: $said"; else say "$1" 'done' "$found"; fi;;
+  esac
+}
+# For what comes back by itself while the machine runs: it is not proved.
+tidy() {
+  found=$(find_"$1" 2>/dev/null | brief)
+  case $mode-$found in
+    prove-* | *-) say "$1" ok;;
+    check-*) say "$1" would "$found";;
+    *) fix_"$1" >/dev/null 2>&1 </dev/null; say "$1" 'done' "$found";;
+  esac
+}
+enabled() { systemctl is-enabled --quiet "$1" 2>/dev/null; }
+start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
+remove() { while read -r file; do rm -f "$file"; done; }
+
+find_systemd() { command -v systemctl >/dev/null || echo 'this is no Linux with systemd'; }
+find_server() { command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo 'openssh-server is not installed'; }
+
+find_agent() { enabled qemu-guest-agent.service || echo 'qemu-guest-agent does not start at boot'; }
+fix_agent() { start_at_boot qemu-guest-agent.service; }
+
+find_ssh() {
+  for unit in ssh.service ssh.socket sshd.service sshd.socket; do if enabled $unit; then return; fi; done
+  echo 'the ssh server does not start at boot'
+}
+fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
+
+find_user() { id -u "$user" >/dev/null 2>&1 || echo "there is no user $user"; }
+fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
+
+keys() { printf '%s/.ssh/authorized_keys\n' "$(awk -F : -v user="$user" '$1 == user { print $6 }' /etc/passwd)"; }
+find_key() {
+  grep -qs "^[^#]*$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)" "$(keys)" || echo "$user does not have your ssh key"
+}
+fix_key() {
+  file=$(keys) folder=${file%/*}
+  mkdir -p "$folder"
+  [ -z "$(tail -c 1 "$file" 2>/dev/null)" ] || echo >>"$file"
+  printf '%s\n' "$key" >>"$file"
+  chmod 700 "$folder"; chmod 600 "$file"; chown -R "$user:" "$folder"
+  if command -v restorecon >/dev/null; then restorecon -R "$folder"; fi
+}
+
+find_sudo() {
+  [ "$(id -u "$user" 2>/dev/null)" = 0 ] || sudo -n -l -U "$user" 2>/dev/null | grep -q 'NOPASSWD: ALL' ||
+    echo "$user cannot become root without a password"
+}
+fix_sudo() {
+  printf '%s ALL=(ALL) NOPASSWD: ALL\n' "$user" >/etc/sudoers.d/90-kodemachine
+  chmod 440 /etc/sudoers.d/90-kodemachine
+}
+
+case $(uname -m) in aarch64 | arm64) port=ttyAMA0;; *) port=ttyS0;; esac
+find_console() { enabled "serial-getty@$port.service" || echo "nobody can log in on the serial port $port"; }
+fix_console() { start_at_boot "serial-getty@$port.service"; }
+
+# Profiles that hold for one MAC address, or for one name of a card, which a removed drive can change. What is pinned
+# is put aside under another name, and what stands in for it names no card. The lease follows the machine-id, which
+# each clone makes anew; so the DHCP client's identifier can stay what the system's own default is.
+pinned() {
+  grep -lE 'macaddress:|set-name:|^ +"?(en[a-z0-9]+|eth[0-9]+)"?:' /etc/netplan/*.yaml
+  grep -lE '^ *((Permanent)?MACAddress=|Name=e(n|th)[a-z0-9]*$)' /etc/systemd/network/*.network
+  grep -lE '^ *(Permanent)?MACAddress=' /etc/systemd/network/*.link
+  grep -lE '^(mac-address=.|interface-name=e)' /etc/NetworkManager/system-connections/*
+  grep -l . /etc/udev/rules.d/70-persistent-net.rules
+}
+find_network() { pinned | sed 's/$/ is for one card only/'; }
+fix_network() {
+  pinned 2>/dev/null | while read -r file; do
+    case $file in
+      */NetworkManager/*) sed -i -e '/^mac-address=/d' -e '/^interface-name=e/d' "$file"; continue;;
+      *.yaml) new=/etc/netplan/60-kodemachine.yaml rights=600
+        profile='network:\n  version: 2\n  ethernets:\n    any:\n      match: {name: "e*"}\n      dhcp4: true\n';;
+      *.network) new=/etc/systemd/network/60-kodemachine.network rights=644
+        profile='[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n';;
+      *) new='';;
+    esac
+    mv "$file" "$file.before-kodemachine" || continue
+    if [ -n "$new" ]; then printf '%b' "$profile" >"$new"; chmod "$rights" "$new"; fi
+  done
+}
+
+find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'cloud-init runs in each clone'; }
+fix_cloud() { : >/etc/cloud/cloud-init.disabled; }
+
+# One key is made, which takes no time, unless sshd is told to use others.
+unit=/etc/systemd/system/kodemachine-hostkeys.service
+text='[Unit]
+Description=Make the SSH host keys of this machine
+Before=ssh.service sshd.service
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c "grep -rqsi ^HostKey[[:blank:]] /etc/ssh/sshd_config /etc/ssh/sshd_config.d && \
+exec ssh-keygen -A; \
+key=/etc/ssh/ssh_host_ed25519_key; [ -s $$key.pub ] || { rm -f $$key; ssh-keygen -q -t ed25519 -N \"\" -f $$key; }"
+
+[Install]
+WantedBy=multi-user.target'
+find_newkeys() {
+  enabled "${unit##*/}" && [ "$(cat $unit)" = "$text" ] || echo 'nothing makes new host keys at boot'
+}
+fix_newkeys() { printf '%s\n' "$text" >$unit; chmod 644 $unit; systemctl daemon-reload; start_at_boot "${unit##*/}"; }
+
+find_dbus() {
+  [ ! -d /var/lib/dbus ] || [ "$(readlink /var/lib/dbus/machine-id)" = /etc/machine-id ] ||
+    echo '/var/lib/dbus/machine-id is not a link to /etc/machine-id'
+}
+fix_dbus() { ln -sf /etc/machine-id /var/lib/dbus/machine-id; }
+
+secrets() {
+  for home in /root /home/*; do
+    grep -lsE 'BEGIN .*PRIVATE KEY' "$home"/.ssh/*
+    for file in .aws/credentials .netrc .git-credentials .config/gh/hosts.yml .docker/config.json .npmrc .pypirc \
+      .kube/config .config/gcloud/credentials.db .gnupg/private-keys-v1.d .claude/.credentials.json .codex/auth.json; do
+      if [ -e "$home/$file" ]; then printf '%s/%s\n' "$home" "$file"; fi
+    done
+  done
+}
+find_secrets() { secrets | sed 's/$/ would be in every clone/'; }
+
+find_histories() {
+  for home in /root /home/*; do
+    find "$home" -maxdepth 1 -type f \( -name '.*_history' -o -name .lesshst -o -name .viminfo \)
+  done
+}
+fix_histories() { find_histories | remove; }
+
+find_packages() {
+  find /var/cache/apt /var/lib/apt/lists /var/cache/dnf /var/cache/yum /var/cache/zypp /var/cache/pacman/pkg \
+    -type f ! -name lock
+}
+fix_packages() { find_packages | remove; }
+
+find_leases() {
+  find /var/lib/dhcp /var/lib/dhcpcd /var/lib/NetworkManager -type f \
+    \( -name '*.lease*' -o -name secret_key -o -name timestamps \)
+}
+fix_leases() { find_leases | remove; }
+
+find_logs() { find /var/log -type f -size +0; }
+fix_logs() {
+  find /var/log -type f \( -path '*/journal/*' -o -name '*.gz' -o -name '*.xz' -o -name '*.[0-9]' -o -name '*.old' \) |
+    remove
+  find_logs | while read -r file; do : >"$file"; done
+}
+
+# The service would write a new one when the machine powers off, unless it is over by then.
+find_seed() { find /var/lib/systemd/random-seed /var/lib/urandom/random-seed /boot/efi/loader/random-seed -type f; }
+fix_seed() { systemctl stop systemd-random-seed.service; find_seed | remove; }
+
+find_hostkeys() { find /etc/ssh -name 'ssh_host_*'; }
+fix_hostkeys() { find_hostkeys | remove; }
+
+find_machineid() { [ -f /etc/machine-id ] && [ ! -s /etc/machine-id ] || echo '/etc/machine-id is not an empty file'; }
+fix_machineid() { : >/etc/machine-id; }
+
+for name in systemd server; do need $name; done
+for name in agent ssh user key; do step $name; done
+if [ "$sudo" = yes ]; then step sudo; else hint sudo; fi
+for name in console network cloud newkeys dbus; do step $name; done
+hint secrets
+for name in histories packages leases logs seed; do tidy $name; done
+if [ "$mode" = apply ]; then
+  if fstrim -a 2>/dev/null || fstrim / 2>/dev/null; then say trim 'done'; else say trim warn 'it cannot be trimmed'; fi
+fi
+for name in hostkeys machineid; do step $name; done
+sync
+echo end
+"""
+
+
+class Step(NamedTuple):
+    """One step of SEAL; `status` is ok, would, done, bad or warn."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def public_key(identity_file: str | None) -> str:
+    """The person's public key, as `type base64 comment`. Raises KodeError if there is none."""
+    kinds = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
+    places = [identity_file.removesuffix(".pub") + ".pub"] if identity_file else \
+        [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in kinds]
+    for place in places:
+        with contextlib.suppress(OSError):
+            first = (read_text(place) or "").partition("\n")[0]
+            if re.fullmatch(r"(?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: [ -~]*)?", first):
+                return first
+    raise KodeError(f"there is no public key of yours at {' or '.join(places[:1] if identity_file else places[:3])}",
+                    "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH")
+
+
+def user_name(name: str | None) -> str:
+    """The user in the guest: `name`, or else the login name, as ssh takes it. Raises UsageError."""
+    import pwd
+
+    name = name or pwd.getpwuid(os.geteuid()).pw_name
+    if not SETTINGS["ssh_user"][1](name):
+        raise UsageError(f"{printable(name)!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
+    return name
+
+
+class Sealer:
+    """Makes a machine fit for an image, from inside, through its guest agent; what was cut off, the next run ends."""
+
+    def __init__(self, manager: Manager, vm: VM, user: str, key: str) -> None:
+        self._manager, self._notes, self.vm = manager, manager.utm.notes, vm
+        self.user, self._key = user, key
+
+    def wake(self, limit: float) -> None:
+        """Starts the machine if it is off, and waits for its guest agent, each within `limit` seconds."""
+        manager, vm = self._manager, self.vm
+        if vm.power is not Power.STARTED:
+            record = manager.record_of(vm.uuid)
+            self._notes.step(f"starting {vm.name}")
+            vm.power_on(limit, hide=manager.settings.headless,
+                        before_cold=lambda: manager.before_cold_start(vm, record, Wishes()))
+        self._notes.step(f"waiting for the guest agent of {vm.name}")
+        vm.await_agent(limit)
+
+    def ask(self, mode: str, *, sudo: bool = False) -> list[Step]:
+        """What SEAL says in that mode. Raises KodeError if it did not come to its end."""
+        words = ["/bin/sh", "-c", SEAL, "kodemachine", mode, self.user, self._key, "yes" * sudo]
+        _, out, err = self.vm.run(words, limit=SEAL_LIMIT)
+        text = out.decode("utf-8", "replace")
+        steps = [Step(*found) for found in re.findall(r"^step (\S+) (\S+) ?(.*)$", text, re.MULTILINE)]
+        if not text.endswith("end\n"):
+            where = f" after its step {steps[-1].name}" if steps else ""
+            last = err.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise KodeError(f"sealing {self.vm.name} broke off{where}: {(last or ['without a word'])[0]}",
+                            "Run the same command again: it goes on where this one ended.")
+        return steps
+
+    def must(self, steps: Sequence[Step]) -> Sequence[Step]:
+        """The steps, unless one of them is bad: raises KodeError with its name."""
+        wrong = [f"{step.name} ({step.detail})" for step in steps if step.status == "bad"]
+        if wrong:
+            raise KodeError(f"{self.vm.name} cannot be sealed: {', '.join(wrong)}",
+                            "Mend that in the machine, then run the same command again.")
+        return steps
+
+    def apply(self, *, sudo: bool = False) -> Sequence[Step]:
+        """Does every step, proves them, and powers the machine off."""
+        self._manager.forget_guest(self.vm)     # before its keys go: there is nothing of it to trust any more
+        self._notes.step(f"sealing {self.vm.name}")
+        steps = self.must(self.ask("apply", sudo=sudo))
+        self.must(self.ask("prove"))
+        self.power_off()
+        return steps
+
+    def power_off(self) -> None:
+        """Asks the guest to power off, and waits until it is."""
+        self._notes.step(f"stopping {self.vm.name}")
+        self.vm.ask_to_stop(self._manager.settings.stop_timeout)
+
+
+class Qcow2(NamedTuple):
+    """What the header of a qcow2 image tells; sizes in bytes, `l1_size` in entries (QEMU, docs/interop/qcow2)."""
+
+    size: int
+    cluster: int
+    l1_size: int
+    l1_offset: int
+
+
+def parse_qcow2(header: bytes) -> Qcow2:
+    """The header of an image that can be grown in place. Raises ValueError, which says what is unusual about it."""
+    import struct
+
+    if len(header) < 104 or header[:4] != b"QFI\xfb":
+        raise ValueError("it is no qcow2 image")
+    version, backing, _, bits, size, crypt, l1_size, l1_offset, _, _, snapshots = \
+        struct.unpack_from(">IQIIQIIQQII", header, 4)
+    incompatible, _, autoclear = struct.unpack_from(">QQQ", header, 72) if version == 3 else (0, 0, 0)
+    unusual = {
+        f"it is of version {version}": version not in (2, 3), "it has a backing file": backing,
+        "it is encrypted": crypt, "it has snapshots": snapshots, "it was not closed properly": incompatible & 0b11,
+        "its data is in another file": incompatible & 0b100,
+        "it uses features of a newer format": incompatible & ~0b1111,   # 0b1000: only how clusters are compressed
+        "it has bitmaps or the like": autoclear, "its clusters have a strange size": not 9 <= bits <= 21,
+    }
+    for what, here in unusual.items():
+        if here:
+            raise ValueError(what)
+    return Qcow2(size, 1 << bits, l1_size, l1_offset)
+
+
+def grow_qcow2(path: str, size: int) -> None:
+    """Makes the virtual disk of an image `size` bytes large, in place; what is added reads as zeros.
+
+    The L1 table has an entry for each cluster of 8-byte entries that each stand for a cluster. Its own clusters belong
+    to it as a whole, so it can grow up to their end: with clusters of 64 KiB, for a disk of 4 TiB.
+    Raises ValueError if that is not enough, or the image is unusual.
+    """
+    import struct
+
+    with open(path, "r+b") as file:
+        old = parse_qcow2(file.read(104))
+        entries = -(-size // (old.cluster * old.cluster // 8))
+        room = -(-old.l1_size * 8 // old.cluster) * old.cluster // 8
+        if size < old.size:
+            raise ValueError(f"its disk has {size_text(old.size)} already")
+        if entries > room or old.l1_offset % old.cluster or not old.l1_offset:
+            raise ValueError(f"its clusters of {size_text(old.cluster)} are too small for that")
+        if entries > old.l1_size:
+            file.seek(old.l1_offset + old.l1_size * 8)
+            file.write(bytes((entries - old.l1_size) * 8))
+            file.flush()
+            os.fsync(file.fileno())
+        file.seek(24)               # size, crypt method and l1_size lie together: one write changes both
+        file.write(struct.pack(">QII", size, 0, max(entries, old.l1_size)))
+
+
+class Plan(NamedTuple):
+    """What `base create` is asked for; `disk` in bytes, `memory` in MiB, `image` a URL or a path, None: Ubuntu's."""
+
+    name: str
+    image: str | None
+    disk: int
+    cpus: int
+    memory: int
+    user: str
+    key: str
+
+
+class Creator:
+    """From a distribution's cloud image to a golden image. Each step leaves behind what the next run goes on from.
+
+    The machine has a temporary name, and `making` in its record, until all is done.
+    """
+
+    def __init__(self, manager: Manager, cache: str, plan: Plan) -> None:
+        self._manager, self._utm, self._notes, self._plan = manager, manager.utm, manager.utm.notes, plan
+        self._cache = cache
+        self._working_name = "unfinished-" + plan.name      # no image's and no clone's
+
+    def create(self) -> VM:
+        """Makes the image, or goes on where an earlier run ended. Raises WrongState if a machine bears its name."""
+        with self._manager.state.lock(self._plan.name, self._manager.settings.lock_limit):
+            make_folder(self._cache)
+            row = self._begun()
+            if row is None:
+                with self._step("getting the disk"):
+                    disk = self._disk()
+                with self._step("writing the seed"):
+                    seed = self._seed()
+                with self._step(f"making the machine {self._working_name}"):
+                    row = self._manager.make(self._working_name, self._architecture(), str(self._plan.cpus),
+                                             str(self._plan.memory), disk, seed)
+            vm = VM(self._utm, row)
+            if row.name != self._plan.name:
+                if not (self._manager.record_of(vm.uuid).get("sealed") and vm.power is Power.STOPPED):
+                    self._install(vm)
+                with self._step("detaching the seed"):
+                    self._detach(vm)
+                with self._step("giving it its name"):
+                    self._manager.rename(vm, self._plan.name)
+            return vm
+
+    def done(self, vm: VM) -> None:
+        """Forgets that the machine was being made, and drops the files that were only needed for that."""
+        self._manager.state.record(vm.uuid, name=self._plan.name, making=None, sealed=None, new=None)
+        for ending in (".qcow2", ".iso"):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(ending))
+        shutil.rmtree(self._path(".seed"), ignore_errors=True)
+
+    def _path(self, ending: str) -> str:
+        return os.path.join(self._cache, self._plan.name + ending)
+
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        """Names the step in whatever fails in it."""
+        self._notes.step(what)
+        try:
+            yield
+        except KodeError as failure:
+            failure.message = f"{what}: {failure.message}"
+            failure.hint = (failure.hint + " Run the same command again: it goes on from there.").strip()
+            raise
+
+    def _begun(self) -> Row | None:
+        """The machine that an earlier run began, None if there is none and the name is free."""
+        rows = self._utm.rows()
+        records = self._manager.state.records()
+        for row in rows:
+            if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
+                return row
+        self._manager.must_be_free(self._plan.name, rows)
+        return self._manager.made(self._working_name)
+
+    # -- the disk
+
+    def _run(self, program: str, *args: str, limit: float = TOOL_LIMIT) -> str:
+        """Runs a program to its end, and returns its output. Raises KodeError with its own last words."""
+        return self._must(program, self._utm.call(program, *args, limit=limit)).out
+
+    @staticmethod
+    def _must(program: str, reply: Reply) -> Reply:
+        if reply.outcome is not Outcome.DONE:
+            raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})",
+                            "Mend that, then run the same command again.")
+        return reply
+
+    def _architecture(self) -> str:
+        """As UTM calls it: a Python under Rosetta would say x86_64 on a Mac that is arm64."""
+        system = os.uname()
+        arm = self._utm.call("sysctl", "-n", "hw.optional.arm64", limit=TOOL_LIMIT).out.strip() == "1" \
+            if system.sysname == "Darwin" else system.machine in ("arm64", "aarch64")
+        return "aarch64" if arm else "x86_64"
+
+    def _disk(self) -> str:
+        """A copy of the distribution's image, as large as the person wants it."""
+        kind = {"aarch64": "arm64", "x86_64": "amd64"}[self._architecture()]
+        image = self._plan.image or UBUNTU.format(kind)
+        source = self._download(image) if "://" in image else os.path.abspath(os.path.expanduser(image))
+        target, beside = self._path(".qcow2"), self._path(".qcow2.part")
+        self._notes.step(f"growing the disk to {size_text(self._plan.disk)}")
+        try:
+            shutil.copyfile(source, beside)
+            with open(beside, "rb") as file:
+                size = parse_qcow2(file.read(104)).size
+            if shutil.which("qemu-img") and self._plan.disk > size:
+                self._run("qemu-img", "resize", "-q", "-f", "qcow2", beside, str(self._plan.disk))
+            else:
+                grow_qcow2(beside, self._plan.disk)
+            os.replace(beside, target)
+        except OSError as failure:
+            raise KodeError(f"{failure.filename or beside}: {failure.strerror}",
+                            "Mend that, then run the same command again.") from None
+        except ValueError as failure:
+            raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
+                            "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+        return target
+
+    def _download(self, url: str) -> str:
+        """The file at a URL, from the cache or by curl, checked against the SHA256SUMS beside it."""
+        folder, _, name = url.rpartition("/")
+        target = os.path.join(self._cache, re.sub(r"[^\w.-]", "-", name))
+        part = target + ".part"
+        sums = self._run("curl", *CURL, "--url", f"{folder}/SHA256SUMS")
+        found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
+        if not found:
+            raise KodeError(f"{folder}/SHA256SUMS does not list {name}",
+                            "Download and check it yourself, then name the file: --image FILE")
+        if self._digest(target) == found[1]:
+            return target
+        if self._digest(part) != found[1]:
+            self._fetch(url, part)
+            if self._digest(part) != found[1]:
+                os.unlink(part)
+                raise KodeError(f"{name} is not what {folder}/SHA256SUMS promises, and was removed",
+                                "It may have been replaced there just now: run the same command again.")
+        os.replace(part, target)
+        return target
+
+    def _fetch(self, url: str, part: str) -> None:
+        """Downloads to `part`, after what is in it already if the server can do that."""
+        self._notes.step(f"downloading {url}")
+        for resumes in (os.path.exists(part), False):
+            call = self._utm.begin("curl", *CURL, "-C", "-", "-o", part, "--url", url, limit=DOWNLOAD_LIMIT)
+            reply = self._utm.finish(call, 0.5)
+            while reply is None:
+                with contextlib.suppress(OSError):
+                    self._notes.progress(size_text(os.path.getsize(part)))
+                reply = self._utm.finish(call, 0.5)
+            if not (resumes and reply.code in (22, 33)):        # the server refuses the range, or knows of none
+                break
+            os.unlink(part)
+        assert reply
+        self._must("curl", reply)
+
+    def _digest(self, path: str) -> str | None:
+        """The SHA-256 of a file, None if there is none."""
+        import hashlib
+
+        found = hashlib.sha256()
+        try:
+            with open(path, "rb") as file:
+                while True:
+                    data = file.read(1 << 20)
+                    if not data:
+                        return found.hexdigest()
+                    found.update(data)
+                    self._notes.tick()
+        except FileNotFoundError:
+            return None
+
+    # -- the seed
+
+    def _seed(self) -> str:
+        """An ISO image with what cloud-init's NoCloud takes: JSON, which is YAML too and quotes what needs it.
+
+        The network's profile names neither a MAC address nor a card. Nor a DHCP identifier: what is sent by default
+        follows the machine-id, which sealing takes away.
+        """
+        user = {"name": self._plan.user, "shell": "/bin/bash", "sudo": "ALL=(ALL) NOPASSWD:ALL", "lock_passwd": True,
+                "ssh_authorized_keys": [self._plan.key]}
+        files = {
+            "meta-data": {"instance-id": self._plan.name, "local-hostname": "kodeimage"},
+            "network-config": {"version": 2, "ethernets": {"any": {"match": {"name": "e*"}, "dhcp4": True}}},
+            "user-data": {"users": [user], "ssh_pwauth": False, "runcmd": [["sh", "-c", INSTALL_AGENT]]},
+        }
+        folder, target = self._path(".seed"), self._path(".iso")
+        for name, content in files.items():
+            text = "#cloud-config\n" * (name == "user-data") + json.dumps(content) + "\n"
+            write_file(os.path.join(folder, name), text)
+        program = next(filter(shutil.which, ("hdiutil", "xorriso", "genisoimage")), None)
+        if program is None:
+            raise KodeError("there is no program that makes an ISO image", "Install xorriso.")
+        if program == "hdiutil":
+            words = ["makehybrid", "-quiet", "-ov", "-iso", "-joliet", "-default-volume-name", "cidata", "-o", target]
+        else:
+            words = [*["-as", "mkisofs"] * (program == "xorriso"), "-quiet", "-V", "cidata", "-J", "-r", "-o", target]
+        self._run(program, *words, folder)
+        return target
+
+    # -- the machine
+
+    def _install(self, vm: VM) -> None:
+        """Boots it for the first time, lets cloud-init do its work, and seals it."""
+        sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
+        with self._step("booting it for the first time"):
+            sealer.wake(CREATE_LIMIT)
+        with self._step("waiting for cloud-init"):
+            code, out, err = vm.run(["cloud-init", "status", "--wait"], limit=CREATE_LIMIT)
+            last = printable((out + err).decode("utf-8", "replace").strip().rpartition("\n")[2])
+            if code == 2:
+                self._notes.warn(f"cloud-init did its work, but is not content: {last}")
+            elif code:
+                raise KodeError(f"cloud-init failed: {last}", f"See /var/log/cloud-init-output.log in {vm.name}.")
+        with self._step("sealing"):
+            sealer.apply()
+        self._manager.state.record(vm.uuid, sealed=True)
+
+    def _detach(self, vm: VM) -> None:
+        """Leaves the machine its disk alone, and proves it."""
+        for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.insist(self._utm.script(DETACH, vm.uuid))
+            if reply.outcome is Outcome.DONE and reply.out.split() == ["1", "false"]:
+                return
+            if reply.outcome is Outcome.FAILED:
+                break
+        raise KodeError(f"UTM did not take the seed out of {vm.name}: {printable(reply.sentence)}",
+                        "Look at it in UTM's window, then run the same command again.")
+
+
+# ---- doctor
+
+
+OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
+
+# Versions of UTM, from and to, that are known to be bad (contract: version landmarks, 7, 9.20, 9.23).
+BAD_VERSIONS = (
+    ((0,), (4, 6, 4), ERROR, "is too old; it takes 4.6.5 or newer"),
+    ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its network address is changed"),
+    ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
+)
+UPDATE = "Update UTM: brew upgrade --cask utm, or in the App Store"
+
+
+class Finding(NamedTuple):
+    """What one check has found: the keys of `doctor --json`, in this order. `remedy`: what to do, if anything."""
+
+    check: str
+    level: str
+    message: str
+    remedy: str
+
+
+Words = tuple[str, str, str]        # of a finding: its level, message and remedy
+
+
+class Doctor:
+    """Looks at the host, UTM, the image and the fleet, in the order in which trouble bites, and changes nothing."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager, self._utm, self._state = manager, manager.utm, manager.state
+        self._settings = manager.settings
+        self._rows: list[Row] = []
+        self._silence: KodeError | None = None      # why UTM gave no list, if it was not for want of permission
+        self._image = Row("", Power.UNKNOWN, "")
+        self._macs: dict[str, list[str]] = {}
+        self._running: dict[str, list[str]] = {}    # names of the clones that run, by their likeliest address
+
+    def findings(self) -> Iterator[Finding]:
+        """One check after the other. What raises KodeError could not look, and what needs it is skipped."""
+        blind: dict[str, str] = {}      # what could not look, and the check that is the reason
+        for check, needs, well, look in CHECKS:
+            reason = next((blind[need] for need in needs.split() if need in blind), "")
+            if reason:
+                found = [Finding(check, SKIPPED, f"not checked, since {reason} failed", "")]
+                blind[check] = reason
+            else:
+                try:
+                    found = [Finding(check, *words) for words in look(self)]
+                except KodeError as failure:
+                    found = [Finding(check, ERROR, failure.message, failure.hint)]
+                    blind[check] = check
+            yield from found or [Finding(check, OK, well, "")]
+
+    # -- the host and UTM
+
+    def _python(self) -> Iterable[Words]:
+        yield OK, f"Python {sys.version.split()[0]}, {sys.executable}", ""
+
+    def _user(self) -> Iterable[Words]:
+        if os.uname().sysname == "Darwin" and os.geteuid() == 0:        # contract 9.2
+            yield ERROR, "this is root, whom UTM does not answer (-600)", "Run kodemachine without sudo."
+
+    def _utmctl(self) -> Iterable[Words]:
+        yield OK, self._utm.path(), ""
+
+    def _version(self) -> Iterable[Words]:
+        version = self._bundle_version()
+        if not version:
+            reply = self._utm.call("version", limit=LIMITS["status"])
+            version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
+        number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
+        if not number:
+            return [(WARNING, "UTM does not tell its version: it is older than 4.7.2, or does not answer", UPDATE)]
+        bad = [(level, f"UTM {printable(version)} {trouble}", UPDATE)
+               for first, last, level, trouble in BAD_VERSIONS if first <= number <= last]
+        return bad or [(OK, f"UTM {printable(version)}", "")]
+
+    def _bundle_version(self) -> str:
+        """As the application's Info.plist has it: without an Apple Event, and older ones have no other way."""
+        import plistlib
+
+        contents = os.path.dirname(os.path.dirname(self._utm.path()))
+        try:
+            with open(os.path.join(contents, "Info.plist"), "rb") as file:
+                return str(plistlib.load(file)["CFBundleShortVersionString"])
+        except Exception:       # also expat's own error, whose class plistlib does not name
+            return ""
+
+    def _automation(self) -> Iterable[Words]:
+        try:
+            self._rows = self._utm.rows(tolerant=True)
+        except NotPermitted:
+            raise
+        except KodeError as failure:
+            self._silence = failure
+            yield SKIPPED, "not known, since UTM does not answer", ""
+
+    def _answer(self) -> Iterable[Words]:
+        if self._silence:
+            raise self._silence
+        yield OK, f"it shows {len(self._rows)} machines, {len(self._manager.clones(self._rows))} of them clones", ""
+
+    def _osascript(self) -> Iterable[Words]:
+        for _ in attempts(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
+            reply = self._utm.script(ADDRESSES)
+            self._macs = parse_macs(reply.out)
+            if reply.outcome is Outcome.DONE and (self._macs or not self._rows):
+                return []
+            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
+                break
+        if reply.outcome is Outcome.REFUSED:
+            raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
+                            NOT_ALLOWED)
+        raise KodeError(f"osascript learns nothing from UTM: {printable(reply.sentence) or reply.outcome.value}",
+                        "Look at UTM's window, then run this again.")
+
+    def _session(self) -> Iterable[Words]:
+        if os.environ.get("SSH_CONNECTION"):        # set by sshd(8)
+            yield (WARNING, "this is an ssh session, from which macOS may refuse control of UTM",
+                   "Run kodemachine in a terminal at the screen.")
+
+    # -- the image
+
+    def _base(self) -> Iterable[Words]:
+        self._image = self._manager.base(self._rows, None)
+        yield OK, f"{printable(self._image.name)} is there, and stopped", ""
+
+    def _devices(self) -> Iterable[Words]:
+        name = printable(self._image.name)
+        reply = self._utm.script(DEVICES, self._image.uuid)
+        told = reply.out.split("\n")
+        if reply.outcome is not Outcome.DONE or not told[0].startswith("backend "):
+            yield (WARNING, f"UTM does not tell the devices of {name}: {printable(reply.sentence)}",
+                   "See in its settings that it has no display, and a serial device in mode Pseudo-TTY.")
+            return
+        if "backend qemu" not in told:
+            yield (ERROR, f"{name} is not on the QEMU backend, and so has no guest agent",
+                   "Make the image anew, without 'Use Apple Virtualization'.")
+        if "displays 0" not in told or "serial window" in told:
+            yield (WARNING, f"{name} is not headless: a window opens at each start, and closing it ends the machine",
+                   "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
+        if "serial ptty" not in told and "serial tcp" not in told:
+            yield (WARNING, f"{name} has no serial port, so `kodemachine attach` cannot reach its clones",
+                   "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
+
+    def _ssh_key(self) -> Iterable[Words]:
+        own = self._settings.identity_file
+        if own:
+            if not os.path.exists(own):
+                yield ERROR, f"there is no identity_file {own}", f"ssh-keygen -t ed25519 -f {shlex.quote(own)}"
+            elif os.stat(own).st_mode & 0o077:
+                yield ERROR, f"ssh does not use {own}: others may read it", f"chmod 600 {shlex.quote(own)}"
+            return
+        folder = os.path.expanduser("~/.ssh")
+        if not any(os.path.exists(os.path.join(folder, "id_" + kind)) for kind in
+                   ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk")) and not agent_keys():     # ssh_config(5)
+            yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
+                   "ssh-keygen -t ed25519, then put the .pub file into the image (README: The golden image)")
+
+    def _first_boot(self) -> Iterable[Words]:
+        if self._settings.first_boot:
+            open_script(self._settings.first_boot).close()
+            yield OK, f"new machines will run {self._settings.first_boot}", ""
+
+    # -- the fleet
+
+    def _names(self) -> Iterable[Words]:
+        ours = {row.name.lower() for row in (*self._manager.clones(self._rows), *self._manager.images(self._rows))}
+        for name in sorted(ours):
+            uuids = [row.uuid for row in self._rows if row.name.lower() == name]
+            if len(uuids) > 1:
+                yield (ERROR, f"{len(uuids)} machines are called {printable(name)}: {', '.join(uuids)}",
+                       "Rename or delete one of them in UTM.")
+
+    def _mac_addresses(self) -> Iterable[Words]:
+        """A clone that was never started is given an address of its own at its first start."""
+        records, images = self._state.records(), self._manager.images(self._rows)
+        clones = self._manager.clones(self._rows)
+        holders: dict[str, list[Row]] = {}
+        for row in self._rows:
+            fresh = row.power is Power.STOPPED and row in clones and not records.get(row.uuid, {}).get("mac_checked")
+            for mac in set(self._macs.get(row.uuid, [])) - {"?"} if row not in images and not fresh else ():
+                holders.setdefault(mac, []).append(row)
+        for mac, rows in holders.items():
+            if len(rows) > 1 and any(row in clones for row in rows):
+                both_run = sum(row.power is not Power.STOPPED for row in rows) > 1
+                names = " and ".join(printable(row.name) for row in rows)
+                yield (ERROR if both_run else WARNING, f"{names} have one MAC address, {mac}",
+                       "Stop one; in its settings in UTM: Network > MAC Address > Random.")
+
+    def _shared(self, key: str, words: str) -> Iterable[Words]:
+        """What the records of two clones have in common, and only an image that was not sealed can have given them."""
+        records = self._state.records()
+        holders: dict[str, list[str]] = {}
+        for row in self._manager.clones(self._rows):
+            value = records.get(row.uuid, {}).get(key)
+            for part in value if isinstance(value, list) else [value] * bool(value):
+                holders.setdefault(str(part), []).append(row.name)
+        for names in dict.fromkeys(" and ".join(names) for names in holders.values() if len(names) > 1):
+            yield (WARNING, f"{names} {words}", "Make their image forget them (README: The golden image), then: "
+                   "kodemachine start LABEL --fresh")
+
+    def _addresses(self) -> Iterable[Words]:
+        running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
+        for machine in self._manager.survey(running, disk=False):
+            if machine.ip:
+                self._running.setdefault(machine.ip, []).append(machine.name)
+        for address, names in self._running.items():
+            if len(names) > 1:
+                yield (ERROR, f"{' and '.join(names)} have one address, {address}: they share a machine-id, or a MAC",
+                       "Make one of them anew: kodemachine start LABEL --fresh")
+
+    def _copies(self) -> Iterable[Words]:
+        bases = {row.name for row in (*self._manager.images(self._rows), *self._manager.clones(self._rows))}
+        for row in self._rows:
+            base, _, number = row.name.rpartition(" ")
+            if base in bases and number.isdigit() and not self._state.locked("fleet"):
+                yield (WARNING, f"{printable(row.name)} ({row.uuid}) is what a clone leaves that was cut off",
+                       "Run that command again, which completes it, or delete it in UTM if it is none of yours.")
+
+    # -- this computer
+
+    def _space(self) -> Iterable[Words]:
+        free = free_space(self._settings.documents or os.path.expanduser("~"))
+        if free is None or free < SPACE_LOW:
+            yield (ERROR if free is not None and free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
+                   "See what can go: kodemachine purge --dry-run")
+        else:
+            yield OK, f"{size_text(free)} are free", ""
+
+    def _leftovers(self) -> Iterable[Words]:
+        state, listed = self._state, {row.uuid for row in self._rows}
+        vanished = [uuid for uuid in state.records() if uuid not in listed]
+        if state.trouble:
+            yield (ERROR, state.trouble, "Move it away: the machines stay, only what is known of them is lost.")
+        if vanished:
+            yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
+        for name in state.intents():
+            if not Intent(state, name).call_alive() and not state.locked(name):
+                label = self._manager.label_of(name)
+                path = state.path("intents", name + ".json")
+                yield (WARNING, f"the cloning of {printable(name)} was cut off",
+                       f"To complete it: kodemachine {label}" if label else f"rm {shlex.quote(path)}")
+        for folder in (state.folder, state.path("intents")):
+            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                path = os.path.join(folder, entry)
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.endswith(".new") and time.time() - os.stat(path).st_mtime > 60:
+                        yield WARNING, f"{path} was left half-written", f"rm {shlex.quote(path)}"
+
+    def _network(self) -> Iterable[Words]:
+        """Local Network privacy can only be felt: macOS 15 and newer refuse the way to the guests (Apple's TN3179)."""
+        if not self._running:
+            yield OK, "no machine runs, so the way to one was not tried", ""
+            return
+        prober = Prober(self._settings.ssh_port)
+        prober.aim(list(self._running))
+        deadline = time.monotonic() + GREETING
+        winner = None
+        while not winner and time.monotonic() < deadline:
+            winner = prober.step(0.05)
+        refused = prober.unreachable
+        prober.close()
+        if winner:
+            yield OK, f"a guest's ssh server answers at {winner}", ""
+        elif refused and local_network_rules():
+            yield ERROR, "macOS refuses the way to the guests (no route to host)", LOCAL_NETWORK
+        else:
+            yield (WARNING, f"no ssh server answers at {', '.join(self._running)}",
+                   "Look at the consoles: kodemachine attach LABEL")
+
+
+# Each check: its name, the checks without which it cannot look, what to say if it finds nothing, and what does it.
+CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = (
+    ("python", "", "", Doctor._python),
+    ("user", "", "run without sudo", Doctor._user),
+    ("utmctl", "", "", Doctor._utmctl),
+    ("version", "utmctl", "", Doctor._version),
+    ("automation", "utmctl", "macOS lets this terminal control UTM", Doctor._automation),
+    ("utm", "utmctl automation", "", Doctor._answer),
+    ("osascript", "utm", "macOS lets osascript control UTM", Doctor._osascript),
+    ("session", "", "this is no ssh session", Doctor._session),
+    ("image", "utm", "", Doctor._base),
+    ("devices", "osascript image", "the image is headless, has a serial port, and is on QEMU", Doctor._devices),
+    ("ssh-key", "", "there is a key for ssh", Doctor._ssh_key),
+    ("first-boot", "", "new machines run no script", Doctor._first_boot),
+    ("names", "utm", "no two machines share a name", Doctor._names),
+    ("macs", "utm osascript", "no two machines share a MAC address", Doctor._mac_addresses),
+    ("host-keys", "utm", "no two clones are known to share a host key",
+     lambda doctor: doctor._shared("host_keys", "have one host key, and each can pass for the other")),
+    ("machine-ids", "utm", "no two clones are known to share a machine-id",
+     lambda doctor: doctor._shared("machine_id", "have one machine-id, and may be given one address")),
+    ("addresses", "utm", "no two running clones share an address", Doctor._addresses),
+    ("copies", "utm", "no clone was left half-made", Doctor._copies),
+    ("space", "", "", Doctor._space),
+    ("leftovers", "utm", "nothing is left in the state folder", Doctor._leftovers),
+    ("network", "utm", "", Doctor._network),
+)
+CHECK_WIDTH = max(len(check) for check, *_ in CHECKS)
+
+
+def agent_keys() -> int:
+    """How many keys the ssh agent holds, if there is one. The two messages are SSH_AGENTC_REQUEST_IDENTITIES (11) and
+    SSH_AGENT_IDENTITIES_ANSWER (12), whose payload begins with the number (OpenSSH's PROTOCOL.agent)."""
+    import socket
+
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(2)
+        agent.connect(os.environ.get("SSH_AUTH_SOCK") or "")
+        agent.sendall(b"\0\0\0\1\x0b")
+        answer = agent.recv(9, socket.MSG_WAITALL)
+        return int.from_bytes(answer[5:], "big") if answer[4:5] == b"\x0c" else 0
+    return 0
 
 
 # ---- the serial console
@@ -2473,6 +3722,7 @@ class Out(Notes):
         self._live = sys.stderr.isatty() and not dumb and not quiet
         self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
         self._step: tuple[str, float] | None = None
+        self._progress = ""
         self._painted = 0.0
 
     def _err(self, text: str, end: str = "\n") -> None:
@@ -2486,11 +3736,11 @@ class Out(Notes):
         assert self._step
         text, began = self._step
         elapsed = time.monotonic() - began
-        clock = f"  {elapsed:.0f} s" if elapsed >= 0.95 else ""
+        clock = f"  {self._progress} {elapsed:.0f} s".replace("   ", "  ") if elapsed >= 0.95 else ""
         if not end:             # a line that is alive must not wrap: only one row of it can be painted over
             with contextlib.suppress(OSError):
                 room = os.get_terminal_size(2).columns or 80        # 0: nobody has told the terminal its size
-                text = cut(text, room - 1 - len(clock))
+                text = cut(text, room - 1 - cells(clock))
         text += clock
         self._painted = time.monotonic()
         self._err("\r\x1b[K" + (f"\x1b[2m{text}\x1b[0m" if self._colour and end else text), end)
@@ -2504,11 +3754,15 @@ class Out(Notes):
     def step(self, text: str) -> None:
         """A step has begun: one line, alive until the next."""
         self.end_step()
-        self._step = (printable(text), time.monotonic())
+        self._step, self._progress = (printable(text), time.monotonic()), ""
         if self._live:
             self._paint()
         elif not self.quiet:
             self._err(printable(text))
+
+    def progress(self, text: str) -> None:
+        """Shown behind the step's name, where that line is alive."""
+        self._progress = text
 
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
@@ -2563,6 +3817,14 @@ class Out(Notes):
         """A result for a program."""
         self.result(json.dumps(value, indent=1))
 
+    @staticmethod
+    def fits(text: str) -> bool:
+        """Whether whoever reads stdout can be shown these characters, going by its encoding."""
+        try:
+            return bool(text.encode(sys.stdout.encoding))
+        except (UnicodeEncodeError, LookupError):
+            return False
+
     @property
     def width(self) -> int | None:
         """Columns of the terminal that stdout is; None if it is none."""
@@ -2571,12 +3833,21 @@ class Out(Notes):
         except OSError:
             return None
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is a person at a terminal."""
+        return bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+
+    def must_be_able_to_ask(self, what: str) -> None:
+        """Raises UsageError if there is no terminal to confirm `what` on."""
+        if not self.can_ask:
+            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
+                             "Add -y to go ahead without a question.")
+
     def confirm(self, question: str, what: str) -> bool:
         """Asks on the terminal. Raises UsageError if there is none: nothing is done unasked."""
         self.end_step()
-        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-            raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
-                             "Add -y to go ahead without a question.")
+        self.must_be_able_to_ask(what)
         self._err(f"{printable(question)} [y/N] ", "")
         answer = ""
         try:
@@ -2683,20 +3954,23 @@ JSON = option("--json", action="store_true", dest="as_json", help="for programs"
 YES = option("-y", "--yes", action="store_true", help="do not ask")
 
 
-def lend_terminal(argv: Sequence[str]) -> int:
-    """Runs ssh or scp as a child in the terminal's foreground, and returns its status as a shell would.
+def lend_terminal(argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
+    """Runs ssh as a child in the terminal's foreground, and returns its status as a shell would.
 
     Ctrl-C and Ctrl-\\ are the child's meanwhile. A signal that asks us to end ends the child first.
+    `stdin`, `stdout`: handles for it in place of ours.
     """
     attributes = None
     if sys.stdin and sys.stdin.isatty():
         import termios
 
         attributes = termios.tcgetattr(0)
-    ours = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGQUIT)}
+    pressed: list[int] = []
+    ours = {number: signal.signal(number, lambda number, _: pressed.append(number))
+            for number in (signal.SIGINT, signal.SIGQUIT)}
     child = None
     try:
-        child = subprocess.Popen(list(argv))
+        child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
         code = child.wait()
     except FileNotFoundError:
         raise KodeError(f"there is no {argv[0]} on PATH", "Install the OpenSSH client.") from None
@@ -2716,6 +3990,8 @@ def lend_terminal(argv: Sequence[str]) -> int:
 
             with contextlib.suppress(termios.error):
                 termios.tcsetattr(0, termios.TCSADRAIN, attributes)
+    if pressed and code == 255:         # ssh takes the signal, and ends by itself
+        return 128 + pressed[0]
     return 128 - code if code < 0 else code
 
 
@@ -2823,15 +4099,12 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
         raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on",
                          "Add -y, or name one label at a time.")
     if len(labels) > 1:
-        def start(label: str) -> str:
-            with ctx.manager.holding(label):
-                vm, address = ready(ctx, label, wishes, opts)
-            return f"{label} {address}"
-        return each(ctx, labels, start, ctx.out.result)
+        return start_several(ctx, labels, wishes, opts)
     if opts.rm:
         return throw_away(ctx, labels[0], wishes, opts)
     with ctx.manager.holding(labels[0]):
         vm, address = ready(ctx, labels[0], wishes, opts)
+        furnish(ctx, vm, address)
         if opts.detach:
             ctx.out.result(address)
             return 0
@@ -2847,6 +4120,58 @@ def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM
     if opts.repin:
         repin(ctx, vm, label, opts)
     return vm, address
+
+
+def start_several(ctx: Context, labels: Sequence[str], wishes: Wishes, opts: Arguments) -> int:
+    """Starts them at the same time; then first_boot where it is due, one after the other: there is one terminal."""
+    due: dict[str, tuple[VM, str]] = {}
+
+    def start(label: str) -> str:
+        with ctx.manager.holding(label):
+            vm, address = ready(ctx, label, wishes, opts)
+        if ctx.manager.first_boot(vm):
+            due[label] = vm, address
+        else:
+            ctx.out.result(f"{label} {address}")
+        return label
+    status = each(ctx, labels, start, lambda label: None)
+    for label in filter(due.__contains__, labels):
+        vm, address = due[label]
+        try:
+            with ctx.manager.holding(label):
+                furnish(ctx, vm, address)
+            ctx.out.result(f"{label} {address}")
+        except KodeError as failure:
+            ctx.out.error(failure)
+            status = status or failure.status
+    return status
+
+
+def furnish(ctx: Context, vm: VM, address: str) -> None:
+    """Runs the first_boot script in a new machine, as the user, over ssh; what it says goes to our stderr.
+
+    It arrives on ssh's stdin as a whole and is run from a file, so that its #! line counts and it cannot read itself.
+    Raises KodeError if it fails; then it is still due. Callers hold the label's lock.
+    """
+    path = ctx.manager.first_boot(vm)
+    if not path:
+        return
+    script = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chmod 700 "$file" || exit; '
+              'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
+    ssh, *words = ctx.manager.ssh_argv(vm, address, [shlex.join(["exec", "sh", "-c", script])], ctx.manager.pin(vm))
+    ctx.out.step(f"running {path} in {vm.name}")
+    ctx.out.end_step()
+    with open_script(path) as file:
+        code = lend_terminal([ssh, "-T", *words], file.fileno(), 2)
+    if code == 128 + signal.SIGINT:
+        raise Interrupted(signal.SIGINT)
+    if code:
+        label = ctx.manager.label_of(vm.name)
+        raise KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}",
+                        "" if ctx.manager.record_of(vm.uuid).get("rm") else
+                        f"The machine stays. To run it once more: kodemachine {label}; to look inside: kodemachine ssh "
+                        f"{label}; to do without: kodemachine config set first_boot ''")
+    ctx.manager.first_boot_done(vm)
 
 
 def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
@@ -2895,6 +4220,7 @@ def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int
             stack.enter_context(manager.session_lock(vm))
             stack.callback(throw_out, ctx, vm, label)
             address = manager.bring_up(vm, label, wishes)
+            furnish(ctx, vm, address)
             pinned = manager.pin(vm)
         ctx.out.end_step()
         return lend_terminal(manager.ssh_argv(vm, address, opts.rest or [], pinned))
@@ -2945,6 +4271,20 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     return code
 
 
+@command("clone", LABEL_ARG, option("new", help="the label of the copy"),
+         examples=["clone project-alpha project-beta"])
+def cmd_clone(ctx: Context, opts: Arguments) -> int:
+    """copy a stopped machine as it is, to one of another label"""
+    label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
+    if label == new:
+        raise UsageError(f"{label} cannot be a copy of itself", f"Such as: kodemachine clone {label} {label}-2")
+    first, second = sorted((label, new))        # whoever else takes both takes them in this order
+    with ctx.manager.holding(first), ctx.manager.holding(second):
+        ctx.manager.fork(label, new)
+    ctx.out.note(f"{new} is a copy of {label}; start it: kodemachine {new}")
+    return 0
+
+
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
          option("-r", action="store_true", dest="recursive", help="whole folders"),
          examples=["cp notes.txt project-alpha:", "cp -r project-alpha:results ."])
@@ -2972,9 +4312,8 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
          examples=["ssh-config --install"])
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """what lets ssh, scp, rsync, git and editors use machines by name"""
-    lines = [f"Host {ctx.manager.settings.prefix}*"] + [f"  {key} {value}" for key,
-                                                        value in ctx.manager.name_options().items()]
-    stanza = "".join(line + "\n" for line in lines)
+    options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.name_options().items())
+    stanza = f"Host {ctx.manager.settings.prefix}*\n{options}"
     ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
     include = f'Include "{ours}"'
     if not opts.install:
@@ -3003,6 +4342,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     label = ctx.manager.label_of(opts.name)
     if label is None:
         raise NotFound(f"{printable(opts.name)} is no machine's name", "See what is there: kodemachine list")
+    ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
     try:
@@ -3267,6 +4607,8 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
         out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
         return 4 if left_in_between else 0
     if not rows:
+        if not opts.dry_run:
+            manager.tidy()
         out.note("nothing to purge")
         return 4 if left_in_between else 0
     machines = manager.survey(rows, ip=False)
@@ -3306,8 +4648,8 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
         origin = image.get("name") if isinstance(image, dict) else None
         if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
             unknown += 1
-        elif (opts.older_than is not None and age is not None and age < opts.older_than) or opts.image not in (None,
-                                                                                                               origin):
+        elif (opts.older_than is not None and age is not None and age < opts.older_than) \
+                or opts.image not in (None, origin):
             continue
         elif names.count(row.name) > 1:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
@@ -3340,16 +4682,6 @@ def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:
     return f"{label} deleted"
 
 
-def free_space(path: str) -> int | None:
-    """Free bytes of the volume that `path` is on, None if it cannot be told."""
-    while not os.path.exists(path) and path != "/":
-        path = os.path.dirname(path)
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return None
-
-
 def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
     """What the volume gained, with the likely reason when that is less than promised."""
     after = free_space(ctx.manager.documents)
@@ -3359,6 +4691,151 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
     ctx.out.note(f"the volume gained {size_text(gained)}")
     if gained < promised * 0.9 and sys.platform == "darwin":
         ctx.out.note("Less than promised: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
+
+
+def version(text: str) -> str:
+    """The name of the image of that version. For argparse."""
+    if not IMAGE.fullmatch("kodeimage-" + text):
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no version, such as v0.2.0")
+    return "kodeimage-" + text
+
+
+def disk_size(text: str) -> int:
+    """A size of a disk, in bytes."""
+    with contextlib.suppress(ValueError):
+        if 1 << 30 <= parse_size(text) < 1 << 46:
+            return parse_size(text) >> 20 << 20
+    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of a disk, such as 64G")
+
+
+@command("base list", JSON, examples=["base list"])
+def cmd_base_list(ctx: Context, opts: Arguments) -> int:
+    """the images, which one new machines come from, and how many were cloned from each"""
+    manager = ctx.manager
+    rows = manager.utm.rows(tolerant=True)
+    records = manager.state.records()
+    origins = [(records.get(row.uuid, {}).get("image") or {}).get("uuid") for row in manager.clones(rows)]
+    machines = manager.survey(manager.images(rows), ip=False)
+    configured = manager.configured(rows)
+    facts = [{"name": machine.name, "uuid": machine.uuid, "status": machine.status, "size": machine.size,
+              "configured": machine.name == configured, "clones": origins.count(machine.uuid)} for machine in machines]
+    if opts.as_json:
+        ctx.out.json(facts)
+        return 0
+    if configured and configured not in (machine.name for machine in machines):
+        ctx.out.warn(f"base_image is {configured}, and there is no such machine")
+    lines = [["*" if fact["configured"] else "", printable(str(fact["name"])).replace("\n", " "), str(fact["status"]),
+              size_text(machine.size), str(fact["clones"])] for fact, machine in zip(facts, machines)]
+    if lines:
+        ctx.out.result(table(("", "IMAGE", "STATUS", "SIZE", "CLONES"), lines, ctx.out.width, ("SIZE", "CLONES")))
+    else:
+        ctx.out.note("no images yet; make one: kodemachine base create v0.1.0")
+    return 0
+
+
+@command("base use", option("image", metavar="IMAGE", help="the image's name in UTM, or its UUID"),
+         examples=["base use kodeimage-v0.2.0"])
+def cmd_base_use(ctx: Context, opts: Arguments) -> int:
+    """choose the image that new machines come from"""
+    with ctx.manager.fleet():
+        row = ctx.manager.base(ctx.manager.utm.rows(), opts.image)
+        ctx.config.set("base_image", row.name)
+    ctx.out.note(f"new machines come from {row.name}")
+    return 0
+
+
+@command("base create", option("name", metavar="vX.Y.Z", type=version, help="the image's version"),
+         option("--image", metavar="URL|FILE", help="a cloud image in qcow2 format instead of Ubuntu 24.04"),
+         option("--disk", type=disk_size, default=64 << 30, metavar="SIZE", help="of the virtual disk (64G)"),
+         option("--cpus", type=count, default=4, metavar="N", help="of a machine made from it (4)"),
+         option("--memory", type=mebibytes, default=4096, metavar="SIZE", help="likewise (4G)"),
+         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"),
+         examples=["base create v0.1.0", "base create v0.1.0 --disk 128G --memory 8G"])
+def cmd_base_create(ctx: Context, opts: Arguments) -> int:
+    """make an image from nothing: download a cloud image, check it, set it up, seal it"""
+    manager = ctx.manager
+    user = user_name(opts.user or manager.settings.ssh_user)
+    plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user,
+                public_key(manager.settings.identity_file))
+    creator = Creator(manager, cache_folder(), plan)
+    vm = creator.create()
+    if manager.is_first_image(vm):
+        with manager.fleet():
+            ctx.config.set("base_image", vm.name)
+    creator.done(vm)
+    ctx.out.note(f"{vm.name} is ready; a machine from it: kodemachine project-alpha")
+    if user != user_name(manager.settings.ssh_user):
+        ctx.out.note(f"Its user is {user}: kodemachine config set ssh_user {user}")
+    return 0
+
+
+def step_table(steps: Sequence[Step]) -> str:
+    """What a seal does or did, a line for each step."""
+    return table(("STEP", "", ""), [[step.name, step.status, step.detail] for step in steps], None)
+
+
+@command("base seal", option("vm", help="its name or UUID in UTM, or its label"),
+         option("--as", dest="image", type=version, metavar="vX.Y.Z", help="then copy it to the image of that version"),
+         option("--check", action="store_true", help="only show what would change"), YES,
+         examples=["base seal --check project-alpha", "base seal project-alpha --as v0.2.0"])
+def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
+    """make a machine fit for an image: it forgets who it is, and shuts down"""
+    manager, out = ctx.manager, ctx.out
+    if not (opts.yes or opts.check):
+        out.must_be_able_to_ask("base seal")
+    with manager.sealing(opts.vm) as vm:
+        begun = manager.image_begun(vm, opts.image) if opts.image else None
+        if not begun:
+            user = user_name(manager.settings.ssh_user)
+            sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
+            if not seal(ctx, sealer, opts):
+                return 0
+            begun = manager.copy_to_image(vm, opts.image) if opts.image else None
+    out.note(f"{begun.name} is ready; to have new machines from it: kodemachine base use {begun.name}" if begun else
+             f"{vm.name} is sealed and off. It becomes an image by its name: rename it in UTM to kodeimage-vX.Y.Z")
+    return 0
+
+
+def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
+    """Looks, shows, asks and seals; false with --check, after which nothing has changed."""
+    out, vm, was_off = ctx.out, sealer.vm, sealer.vm.power is Power.STOPPED
+    if opts.check and vm.power is not Power.STARTED:
+        raise WrongState(f"{vm.name} is {vm.power.value}; --check looks into a running machine", "Start it first.")
+    sealer.wake(ctx.manager.settings.boot_timeout)
+    steps = sealer.ask("check")
+    (out.result if opts.check else out.note)(step_table(steps))
+    sealer.must(steps)
+    if opts.check:
+        return False
+    if not opts.yes and not out.confirm(f"Seal {vm.name}, and shut it down?", "base seal"):
+        if was_off:
+            sealer.power_off()
+        raise KodeError("nothing was changed")
+    rootless = any(step.name == "sudo" and step.status == "warn" for step in steps)
+    sudo = rootless and out.can_ask and out.confirm(f"May {sealer.user} become root without a password?", "sudo")
+    done = [step for step in sealer.apply(sudo=sudo) if step.status != "ok"]
+    out.note(step_table(done))
+    return True
+
+
+@command("doctor", JSON, examples=["doctor"])
+def cmd_doctor(ctx: Context, opts: Arguments) -> int:
+    """check the host, UTM, the image and the machines; each finding with its remedy"""
+    signs = {OK: "ok", WARNING: "!", ERROR: "x", SKIPPED: "-"}
+    if ctx.out.fits("\u2713\u2717"):
+        signs.update({OK: "\u2713", ERROR: "\u2717"})
+    findings = []
+    for finding in Doctor(ctx.manager).findings():
+        findings.append(finding)
+        if not opts.as_json:
+            indent = len(signs[OK]) + 2 + CHECK_WIDTH
+            ctx.out.result(f"{signs[finding.level]:{len(signs[OK])}} {finding.check:{CHECK_WIDTH}} {finding.message}"
+                           + (f"\n{'':{indent}}{finding.remedy}" if finding.remedy else ""))
+    if opts.as_json:
+        ctx.out.json([finding._asdict() for finding in findings])
+    errors, warnings = (sum(finding.level == level for finding in findings) for level in (ERROR, WARNING))
+    ctx.out.note(f"{errors} to mend, {warnings} to look at" if errors or warnings else "all is well")
+    return 1 if errors else 0
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
@@ -3381,8 +4858,8 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
             ctx.out.json(values[opts.key] if opts.key else values)
             return 0
         for key in [opts.key] if opts.key else values:
-            text = values[key] if isinstance(values[key],
-                                             str) else "" if values[key] is None else json.dumps(values[key])
+            value = values[key]
+            text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
             ctx.out.result(text if opts.key else f"{key} = {text}")
     return 0
 
@@ -3483,8 +4960,10 @@ def fitting(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
         return {**{str(entry.dest): str(entry.help) for entry in place._get_subactions()}, **labels}
     if place.choices is not None:
         return dict.fromkeys(place.choices, "")
-    shown = str(place.metavar or place.dest).lower()
-    return WORDS[shown](ctx, words) if shown in WORDS else {}
+    found: dict[str, str] = {}
+    for kind in str(place.metavar or place.dest).lower().split("|"):
+        found.update(WORDS[kind](ctx, words) if kind in WORDS else {})
+    return found
 
 
 def next_place(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Action | None]:
@@ -3536,6 +5015,7 @@ def known_commands(words: Sequence[str]) -> dict[str, str]:
 # What Tab offers for a value, by the word that the help has for it; behind `words`.
 WORDS: dict[str, Callable[[Context, Sequence[str]], dict[str, str]]] = {
     "label": lambda ctx, words: known_machines(ctx),
+    "vm": lambda ctx, words: known_machines(ctx),
     "image": lambda ctx, words: known_machines(ctx, images=True),
     "path": lambda ctx, words: {**known_machines(ctx, ":"), "/": ""},
     "file": lambda ctx, words: {"/": ""},
@@ -3553,10 +5033,12 @@ def welcome(ctx: Context, opts: Arguments) -> int:
         for row in manager.clones(rows):
             states.setdefault(row.power.value, []).append(str(manager.label_of(row.name)))
         lines[:0] = [f"{state + ':':8} {', '.join(sorted(labels))}" for state, labels in sorted(states.items())]
-        if not states:
+        if not rows:            # an installation that is new
+            lines.insert(0, "UTM shows no machines; unless it has only just started: kodemachine base create v0.1.0")
+        elif not states:
             manager.base(rows, None)
             lines.insert(0, "no machines yet; the first of these lines makes one")
-    except NotFound as failure:         # no image, in an installation that is new
+    except NotFound as failure:
         lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
     except KodeError as failure:
         lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine list")
@@ -3613,10 +5095,11 @@ def overview() -> str:
         for topic, words in topics.items() if words)
 
 
-def build_parser() -> Parser:
-    """The parser of everything before the first `--`, from the command table. No I/O."""
+def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
+    """The parser of everything before the first `--`, from the command table; of the commands only those that `words`
+    name, since each costs time, unless they ask for help. No I/O."""
     form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, epilog=f"{overview()}\n\n{EPILOG}", **form)
+    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, **form)
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="show each call to UTM")
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -3626,7 +5109,11 @@ def build_parser() -> Parser:
     top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine",
                                 help=argparse.SUPPRESS)         # the epilog has them, by topic
     places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
+    helping = not {"-h", "--help"}.isdisjoint(words)
+    parser.epilog = f"{overview()}\n\n{EPILOG}" if helping else None
     for name, entry in COMMANDS.items():
+        if not helping and {name.partition(" ")[0], *entry.aliases}.isdisjoint(words):
+            continue
         text = (entry.run.__doc__ or "").splitlines()[0]
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
         group, _, word = name.rpartition(" ")
@@ -3657,23 +5144,32 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     return words[:i] + ["start"] * bare + words[i:], rest, bare
 
 
+def xdg_folder(variable: str, default: str) -> str:
+    """Our folder below the one that the environment names, if that is absolute, or else below the default."""
+    base = os.environ.get(variable) or ""
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser(default), "kodemachine")
+
+
 def state_folder() -> str:
     """Where the state is kept."""
-    base = os.environ.get("XDG_STATE_HOME") or ""
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.local/state"), "kodemachine")
+    return xdg_folder("XDG_STATE_HOME", "~/.local/state")
+
+
+def cache_folder() -> str:
+    """Where downloaded images are kept; it may be deleted at any time."""
+    return xdg_folder("XDG_CACHE_HOME", "~/.cache")
 
 
 def config_path() -> str:
     """Where the configuration is, unless --config names another place."""
-    base = os.environ.get("XDG_CONFIG_HOME") or ""
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "kodemachine", "config.json")
+    return os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "config.json")
 
 
 def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     """Parses, builds the layers, and runs the command."""
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
-    opts, unknown = build_parser().parse_known_args(words)
+    opts, unknown = build_parser(words).parse_known_args(words)
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
     takes_rest = opts.command in TAKES_REST

@@ -21,10 +21,13 @@ import faulthandler
 import fcntl
 import functools
 import hashlib
+import http.server
+import importlib.util
 import inspect
 import io
 import itertools
 import json
+import marshal
 import os
 import plistlib
 import pwd
@@ -39,6 +42,7 @@ import signal
 import socket
 import stat
 import string
+import struct
 import subprocess
 import sys
 import tempfile
@@ -48,6 +52,7 @@ import time
 import tty
 import types
 import unittest
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -63,10 +68,11 @@ Machine = dict[str, Any]
 
 # ---- the fake UTM
 #
-# FAKE_PARTS runs in two places: here and, copied by Utm.install(), in the fake utmctl and osascript. Those
-# start thousands of times, so FAKE_IMPORTS is all they load at first, and the rest where it is needed.
+# This part runs in two places: here and, copied by Utm.install(), in the fake utmctl and osascript. Those
+# start thousands of times, so FAKE_IMPORTS is all they load at first, and the rest where it is needed. Importing
+# json and re would double the time that a call takes, so the files are in marshal's format.
 
-FAKE_IMPORTS = "from __future__ import annotations; import fcntl, json, os, re, sys, time"
+FAKE_IMPORTS = "from __future__ import annotations; import fcntl, marshal, os, sys, time"
 
 
 class Refused(Exception):
@@ -86,7 +92,7 @@ class Exit(Exception):
 
 
 class FakeUTM:
-    """UTM.app: its machines and what becomes of them, in a JSON file that any number of processes share.
+    """UTM.app: its machines and what becomes of them, in a file that any number of processes share.
 
     Nothing runs in the background. What takes time is noted with the moment it is due (`later`), and whoever
     next opens the state (`with utm:`) first does what has come due. So things go on by themselves after the
@@ -104,9 +110,9 @@ class FakeUTM:
     def __enter__(self) -> FakeUTM:
         self._lock = open(self.path("lock"), "w")  # noqa: SIM115 (__exit__ closes it, which unlocks)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        with open(self.path("state.json"), encoding="utf-8") as file:
-            self._text = file.read()
-        self.state = json.loads(self._text)
+        with open(self.path("state"), "rb") as file:
+            self._before = file.read()
+        self.state = marshal.loads(self._before)
         self.now, self.delay, clock = 0.0, 0.0, time.time()
         while self.state["pending"] and self.state["pending"][0][0] <= clock:
             self.now, action, *words = self.state["pending"].pop(0)
@@ -115,20 +121,20 @@ class FakeUTM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        text = json.dumps(self.state)
-        if text != self._text:
-            with open(self.path("state.json.new"), "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(self.path("state.json.new"), self.path("state.json"))
+        now = marshal.dumps(self.state, 2)  # without references, equal states are equal bytes
+        if now != self._before:
+            with open(self.path("state.new"), "wb") as file:
+                file.write(now)
+            os.replace(self.path("state.new"), self.path("state"))
         self._lock.close()
 
     def path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
 
     def journal(self, **entry: Any) -> None:
-        """Adds a line; a single write to a file opened for appending is not mixed with another's."""
+        """Adds an entry; a single write to a file opened for appending is not mixed with another's."""
         log = os.open(self.path("calls.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        os.write(log, (json.dumps({"pid": os.getpid(), **entry}) + "\n").encode())
+        os.write(log, marshal.dumps({"pid": os.getpid(), **entry}))
         os.close(log)
 
     # -- looking
@@ -317,6 +323,57 @@ class FakeUTM:
             self.move_bundle(vm, self.bundle_name(name))
         self.write_bundle(vm)
 
+    @staticmethod
+    def new_machine(name: str) -> Machine:
+        """One as it is unless told otherwise."""
+        return {
+            "uuid": FakeUTM.new_uuid(),
+            "name": name,
+            "status": "stopped",
+            "backend": "qemu",
+            "macs": [FakeUTM.new_mac()],
+            "memory": 4096,  # MiB
+            "cpus": 4,
+            "disk": 65536,  # bytes
+            "displays": [],
+            "ips": None,  # None: one of app.addresses at the first start
+            "serials": [],  # {kind: ptty, path} {kind: tcp, host, port} {kind: terminal}
+            "start_seconds": 0.0,
+            "resume_seconds": 0.0,
+            "suspend_seconds": 0.0,
+            "stop_seconds": 0.0,
+            "request_seconds": 0.0,  # None: never
+            "ignores_power_key": False,
+            "agent_after": 0.0,  # seconds after the start; None: never
+            "rpc_seconds": 0.0,  # how much of agent_after is "Timed out waiting for RPC."
+            "link_local_seconds": 0.0,  # how long after agent_after there is nothing but fe80
+            "stuck": [],  # states that it never leaves by itself
+            "saved": False,
+            "save_error": "",  # UTM's words when `suspend -s` fails
+            "disposable": False,
+            "shortcut": False,  # linked: its package is outside UTM's folder
+            "copied_from": None,
+            "up_at": None,
+            "drives": [{"removable": False}],
+            "bundle": FakeUTM.bundle_name(name),
+        }
+
+    def make(self, name: str, cpus: int, memory: int, disk: str, seed: str) -> float:
+        """A new machine with a ptty serial port, a disk that is a copy of a file, and a file in its removable drive."""
+        if any(vm["name"] == name for vm in self.vms):
+            raise Refused(-2700, "An existing virtual machine already exists with this name.")
+        for path in (disk, seed):
+            if not os.path.isfile(path):
+                raise Refused(-2700, "The file couldn’t be opened because there is no such file.")
+        drives = [{"removable": False, "size": os.path.getsize(disk)}, {"removable": True, "source": seed}]
+        vm = {**self.new_machine(name), "cpus": cpus, "memory": memory, "drives": drives, "serials": [{"kind": "ptty"}]}
+        self.later(self.app["clone_seconds"], "appear", vm)
+        return float(self.app["clone_seconds"])
+
+    def appear(self, vm: Machine) -> None:
+        self.vms.append(vm)
+        self.write_bundle(vm)
+
     def configure(self, vm: Machine, name: str, memory: str, cpus: str, macs: Sequence[str]) -> None:
         """What is empty stays as it is; memory in MiB. More addresses than interfaces: those are left out."""
         self.need_stopped(vm)
@@ -341,7 +398,8 @@ class FakeUTM:
 
     @staticmethod
     def new_uuid() -> str:
-        return re.sub("(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", os.urandom(16).hex().upper())
+        text = os.urandom(16).hex().upper()
+        return "-".join([text[:8], text[8:12], text[12:16], text[16:20], text[20:]])
 
     @staticmethod
     def new_mac() -> str:
@@ -350,7 +408,7 @@ class FakeUTM:
 
     @staticmethod
     def bundle_name(name: str) -> str:
-        return re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm"
+        return "".join("-" if char in ',/:\\?%*|"<>' else char for char in name) + ".utm"
 
     def bundle(self, vm: Machine, *names: str) -> str:
         return os.path.join(self.app["documents"], vm["bundle"], *names)
@@ -393,6 +451,7 @@ class FakeUTM:
             import shutil
 
             shutil.copytree(guest, self.path("guests", copy["uuid"]), symlinks=True)
+            Guest(self, copy["uuid"]).give_away(self.path("guests", copy["uuid"]))
 
     def move_bundle(self, vm: Machine, bundle: str) -> None:
         old = dict(vm)
@@ -415,7 +474,10 @@ class Guest:
     nothing but the guest.
     """
 
-    FOLDERS = "etc/ssh proc/sys/kernel var/log root/.ssh home run tmp usr/local bin"
+    FOLDERS = (
+        "etc/ssh etc/systemd/system etc/sudoers.d proc/sys/kernel var/log var/lib/dbus root/.ssh home run tmp usr/local"
+        " bin"
+    )
     TOOLS = (
         "awk base64 basename cat chmod cmp cp cut date dd dirname echo env expr false find grep head kill ln"
         " ls mkdir mktemp mv od printf pwd readlink rm rmdir sed seq sh sleep sort ssh-keygen stat tail tee"
@@ -426,11 +488,19 @@ class Guest:
         'else printf "%s\\n" "$1" >"$ROOT/proc/sys/kernel/hostname"; fi',
         "hostnamectl": 'case $1 in set-hostname|hostname) printf "%s\\n" "$2" |\n'
         'tee "$ROOT/proc/sys/kernel/hostname" >"$ROOT/etc/hostname";; esac',
-        "systemctl": "case $1 in is-active) echo active;; is-enabled) echo enabled;;\n"
-        'poweroff) : >"$ROOT/power-off";; esac',
+        "systemctl": "list=$ROOT/etc/systemd/enabled\nfor unit; do :; done\n"
+        "case $1 in is-active) echo active;; is-enabled) grep -qx \"$unit\" $list;;\n"
+        'enable) case $unit in serial-getty@*) ;; *) [ -e "$ROOT/etc/systemd/system/$unit" ] || exit 1;; esac\n'
+        'grep -qx "$unit" $list || echo "$unit" >>$list;;\npoweroff) : >"$ROOT/power-off";; esac',
+        "useradd": 'for user; do :; done\nmkdir -p "$ROOT/home/$user"\n'
+        'echo "$user:*:1000:1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
+        "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
+        "sshd": "",
+        "cloud-init": "echo status: done",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
-        "id": '[ "$1" = -u ] && echo 0 || echo "uid=0(root) gid=0(root) groups=0(root)"',
+        "id": 'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
+        'END { exit !found }\' "$ROOT/etc/passwd";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
         "chown": "",
         "fstrim": "",
         "sync": "",
@@ -453,6 +523,10 @@ class Guest:
             "etc/hostname": "kodeimage\n",
             "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 kodeimage\n",
             "etc/machine-id": uuid.replace("-", "").lower() + "\n",
+            "etc/passwd": f"root:*:0:0:root:{self.root}/root:/bin/sh\n",
+            "etc/systemd/enabled": "qemu-guest-agent.service\nssh.service\n",
+            "etc/systemd/system/qemu-guest-agent.service": "",
+            "etc/systemd/system/ssh.service": "",
             "etc/ssh/ssh_host_ed25519_key.pub": utm.app["host_key"] + "\n",
             "proc/sys/kernel/hostname": "kodeimage\n",
             **{
@@ -493,6 +567,7 @@ class Guest:
 
     def inside(self, word: str) -> str:
         """A word of a command line with its absolute paths led into the guest."""
+        import re
 
         def program(match: re.Match[str]) -> str:
             return f"{self.root}/bin/{match[1]}" if match[1] in self.STUBS else match.group()
@@ -709,7 +784,8 @@ class Utmctl(Tool):
 
     def options(self, verb: str, words: list[str]) -> dict[str, Any]:
         usage = self.USAGE[verb]
-        takes = dict(re.findall(r"(?<=\[)(--[\w-]+)( <\w+>)?", usage))
+        parts = [part.partition("]") for part in usage.split("[")[1:]]  # what is in brackets, and what follows
+        takes = {words.split()[0]: "".join(" " + word for word in words.split()[1:2]) for words, _, _ in parts}
         options: dict[str, Any] = {"--env": []}
         plain: list[str] = []
         unknown = ""
@@ -738,7 +814,7 @@ class Utmctl(Tool):
                 )
             else:
                 options[long] = True
-        for missing in re.findall(r"(?<!-)<\w+>", re.sub(r"\[.*?\]|--cmd.*", "", usage)):
+        for missing in "".join(after for _, _, after in parts).partition("--cmd")[0].split():
             if not plain:
                 raise self.misuse(verb, f"Missing expected argument '{missing}'", missing)
             options[missing] = plain.pop(0)
@@ -758,7 +834,7 @@ class Utmctl(Tool):
         if not value and (not words or (words[0].startswith("-") and words[0] != "-")):
             raise self.misuse(verb, f"Missing value for '{option}'", option)
         value = value or words.pop(0)
-        if "--index" in option and not re.fullmatch("[+-]?[0-9]+", value):
+        if "--index" in option and not value[value[:1] in ("+", "-") :].isdecimal():
             raise self.misuse(verb, f"The value '{value}' is invalid for '{option}'", option)
         return value
 
@@ -813,7 +889,7 @@ class Utmctl(Tool):
             if vm is None:
                 raise Exit(1, self.NOT_FOUND)
             words.append(vm)
-        method = getattr(self, "verb_" + re.sub("[- ]", "_", verb))
+        method = getattr(self, "verb_" + verb.replace("-", "_").replace(" ", "_"))
         yield from method(*words, options)
 
     def again(self, vm: Machine) -> Machine:
@@ -999,6 +1075,8 @@ class Osascript(Tool):
     }
 
     def __init__(self, utm: FakeUTM, argv: Sequence[str]) -> None:
+        import re
+
         super().__init__(utm, argv)
         self.words, scripts = list(argv), []
         while self.words and self.words[0] in ("-e", "-l"):
@@ -1012,7 +1090,7 @@ class Osascript(Tool):
         self.verb = marked[1] if marked else ""
 
     def run(self) -> int:
-        method = getattr(self, "operation_" + re.sub(r"\W", "_", self.verb), None)
+        method = getattr(self, "operation_" + self.verb.replace("-", "_"), None)
         if method is None:
             raise Exit(1, "0:0: syntax error: A identifier can’t go after this identifier. (-2741)")
         return self.serve(self.verb, method(*self.words))
@@ -1037,6 +1115,13 @@ class Osascript(Tool):
             self.say(f"{vm['uuid']} -\n")
             self.say("".join(f"{vm['uuid']} {mac}\n" for mac in vm["macs"]))
 
+    def operation_devices(self, uuid: str) -> Iterator[float]:
+        """The backend, the number of displays, and the interface of each serial port: `window` for a built-in one."""
+        yield 0
+        vm = self.machine(uuid)
+        self.say(f"backend {'qemu' if vm['backend'] == 'qemu' else 'other'}\ndisplays {len(vm['displays'])}\n")
+        self.say("".join(f"serial {serial['kind'].replace('terminal', 'window')}\n" for serial in vm["serials"]))
+
     def operation_configure(
         self, uuid: str, name: str, memory: str, cpus: str, *macs: str
     ) -> Iterator[float]:
@@ -1045,6 +1130,27 @@ class Osascript(Tool):
         vm = self.machine(uuid)
         self.utm.configure(vm, name, memory, cpus, macs)
         self.say("".join(f"{value}\n" for value in (vm["name"], vm["memory"], vm["cpus"], *vm["macs"])))
+
+    def operation_make(
+        self, name: str, architecture: str, cpus: str, memory: str, disk: str, seed: str
+    ) -> Iterator[float]:
+        """Prints the UUID of the new machine."""
+        yield 0
+        self.utm.awake()
+        if architecture not in ("aarch64", "x86_64"):
+            raise Refused(-2700, "No architecture specified in the configuration.")
+        yield self.utm.make(name, int(cpus), int(memory), disk, seed)
+        made = self.utm.find(name)
+        self.say(f"{made['uuid']}\n" if made else "")
+
+    def operation_detach(self, uuid: str) -> Iterator[float]:
+        """Leaves the first drive; prints how many there are then, and whether that one is removable."""
+        yield 0
+        vm = self.machine(uuid)
+        self.utm.need_stopped(vm)
+        vm["drives"] = vm["drives"][:1]
+        self.utm.write_bundle(vm)
+        self.say(f"{len(vm['drives'])} {str(vm['drives'][0]['removable']).lower()}\n")
 
 
 def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
@@ -1087,18 +1193,16 @@ def fake_main(tool: str, folder: str) -> int:
     return status
 
 
-FAKE_PARTS = (Refused, Exit, FakeUTM, Guest, Tool, Utmctl, Osascript, imitate_ssh, fake_main)
-
 # ---- the tests' side
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 (functools.cache is this, spelled for 3.9 on)
 def fake_module() -> bytes:
-    """FAKE_PARTS as a compiled module, each at its line of this file so that tracebacks show the source."""
-    text = FAKE_IMPORTS
-    for part in FAKE_PARTS:
-        lines, first = inspect.getsourcelines(part)
-        text += "\n" * (first - 1 - text.count("\n")) + "".join(lines)
+    """The fake UTM as a compiled module, each line where it is in this file so that tracebacks show the source."""
+    with open(__file__, encoding="utf-8") as file:
+        lines = file.readlines()
+    first, end = lines.index("# ---- the fake UTM\n"), lines.index("# ---- the tests' side\n")
+    text = FAKE_IMPORTS + "\n" * first + "".join(lines[first:end])
     with tempfile.TemporaryDirectory() as folder:
         source, compiled = os.path.join(folder, "fakeutm.py"), os.path.join(folder, "fakeutm.pyc")
         with open(source, "w", encoding="utf-8") as file:
@@ -1147,8 +1251,8 @@ class Utm:
             "addresses": [f"127.0.0.{n}" for n in range(2, 10)],  # what machines without `ips` get, one each
             "host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "Fake" * 10 + "Fak root@guest",
         }
-        with open(self.fake.path("state.json"), "w", encoding="utf-8") as file:
-            json.dump({"app": app, "vms": [], "faults": [], "pending": [], "orphans": []}, file)
+        with open(self.fake.path("state"), "wb") as file:
+            marshal.dump({"app": app, "vms": [], "faults": [], "pending": [], "orphans": []}, file, 2)
 
     def install(self, bin_folder: str, *tools: str) -> None:
         """Puts the programs (utmctl, osascript unless named) into a folder for PATH."""
@@ -1169,38 +1273,10 @@ class Utm:
 
     def add(self, name: str, **fields: Any) -> str:
         """A new machine at the end of the list; returns its UUID."""
-        vm: Machine = {
-            "uuid": FakeUTM.new_uuid(),
-            "name": name,
-            "status": "stopped",
-            "backend": "qemu",
-            "macs": [FakeUTM.new_mac()],
-            "memory": 4096,  # MiB
-            "cpus": 4,
-            "disk": 65536,  # bytes
-            "displays": [],
-            "ips": None,  # None: one of app.addresses at the first start
-            "serials": [],  # {kind: ptty, path} {kind: tcp, host, port} {kind: terminal}
-            "start_seconds": 0.0,
-            "resume_seconds": 0.0,
-            "suspend_seconds": 0.0,
-            "stop_seconds": 0.0,
-            "request_seconds": 0.0,  # None: never
-            "ignores_power_key": False,
-            "agent_after": 0.0,  # seconds after the start; None: never
-            "rpc_seconds": 0.0,  # how much of agent_after is "Timed out waiting for RPC."
-            "link_local_seconds": 0.0,  # how long after agent_after there is nothing but fe80
-            "stuck": [],  # states that it never leaves by itself
-            "saved": False,
-            "save_error": "",  # UTM's words when `suspend -s` fails
-            "disposable": False,
-            "shortcut": False,  # linked: its package is outside UTM's folder
-            "copied_from": None,
-            "up_at": None,
-        }
+        vm = FakeUTM.new_machine(name)
         unknown = set(fields) - set(vm)
         assert not unknown, f"no such fields: {unknown}"
-        vm.update(fields, bundle=FakeUTM.bundle_name(name))
+        vm.update(fields)
         with self.fake as utm:
             if vm["status"] != "stopped":
                 vm["up_at"] = utm.now
@@ -1297,10 +1373,11 @@ class Utm:
             return Guest(utm, vm["uuid"]).root
 
     def journal(self) -> list[dict[str, Any]]:
-        if not os.path.exists(self.fake.path("calls.log")):
-            return []
-        with open(self.fake.path("calls.log"), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        entries: list[dict[str, Any]] = []
+        with contextlib.suppress(FileNotFoundError, EOFError), open(self.fake.path("calls.log"), "rb") as file:
+            while True:
+                entries.append(marshal.load(file))
+        return entries
 
     def calls(self, verb: str | None = None, tool: str = "utmctl") -> list[dict[str, Any]]:
         """Processes of a tool (utmctl, osascript, ssh, scp) in the order in which they were started.
@@ -1962,7 +2039,7 @@ class FakeTest(Case):
         self.assertEqual(self.utmctl("file", "push", "km-a", "/root/x", stdin="abc"), (0, "", ""))
         self.assert_utmctl("file pull km-a /root/x", 0, "abc")
         self.assert_utmctl("exec km-a --cmd cat /root/x", 0, "abc")
-        self.assertIn("(OSStatus error -2700.)", self.utmctl("file", "pull", "km-a", "/../../state.json").err)
+        self.assertIn("(OSStatus error -2700.)", self.utmctl("file", "pull", "km-a", "/../../state").err)
 
     def test_attach_prints_where_the_serial_port_is(self) -> None:
         warning = "WARNING: attach command is not implemented yet!\n"
@@ -2931,6 +3008,113 @@ class SpawnTest(SpawnCase):
         self.assertEqual(self.spawn("alpha", code=-signal.SIGPIPE).out, "")
 
 
+class ForkTest(SpawnCase):
+    """`clone`: a copy of a clone, which is a machine of its own."""
+
+    GREETERS = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.utm.change(self.base, macs=["02:00:00:00:00:01"])
+
+    def parent(self) -> str:
+        """alpha, stopped, and with an identity of its own on its disk; returns its UUID."""
+        self.spawn()
+        self.spawn("stop", "alpha")
+        return str(self.utm.machine("km-alpha")["uuid"])
+
+    def record(self, name: str) -> dict[str, Any]:
+        path = os.path.join(self.home, ".local", "state", "kodemachine", "machines.json")
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file)[self.utm.machine(name)["uuid"]])
+
+    def identity(self, name: str) -> list[str]:
+        """The machine-id and the host key inside of it."""
+        paths = [os.path.join(self.utm.guest(name), "etc", *parts)
+                 for parts in (("machine-id",), ("ssh", "ssh_host_ed25519_key.pub"))]  # fmt: skip
+        return [str(kodemachine.read_text(path)).strip() for path in paths]
+
+    def requests(self, name: str) -> list[str]:
+        uuid = self.utm.machine(name)["uuid"]
+        return [call["verb"] for call in self.utm.calls() if call["argv"][1:] and uuid in call["argv"]
+                and call["verb"] in ("start", "stop", "exec")]  # fmt: skip
+
+    def test_a_fork_is_a_machine_of_its_own(self) -> None:
+        parent = self.parent()
+        before = self.utm.machine(parent)
+        result = self.spawn("clone", "alpha", "beta")
+        self.assertTrue(result.err.endswith("\nbeta is a copy of alpha; start it: kodemachine beta\n"), result)
+        self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+        self.assertEqual(self.utm.machine(parent), before)
+        fresh = self.record("km-beta")
+        self.assertEqual(set(fresh), {"name", "image", "created", "new", "fork", "first_boot"})
+        self.assertEqual(fresh["image"], {"name": "kodeimage-v0.2.0", "uuid": self.base})
+        self.assertEqual(self.identity("km-beta"), self.identity("km-alpha"))
+        self.spawn("start", "-d", "alpha", "beta")
+        mine, theirs = self.identity("km-beta"), self.identity("km-alpha")
+        self.assertRegex(mine[0], r"\A[0-9a-f]{32}\Z")
+        self.assertRegex(mine[1], r"\Assh-ed25519 \S+ root@beta\Z")
+        self.assertEqual([a == b for a, b in zip(mine, theirs)], [False, False])
+        record = self.record("km-beta")
+        self.assertEqual((record["machine_id"], record["host_keys"]), (mine[0], [mine[1].rpartition(" ")[0]]))
+        self.assertEqual({"new", "fork"} & set(record), set())
+        self.assertEqual(len({mac for vm in self.utm.machines() for mac in vm["macs"]}), 3)
+        self.assertEqual(self.requests("km-beta"), ["start", "exec", "stop", "start"])
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta")
+        self.assertEqual((self.identity("km-beta"), self.requests("km-beta")[4:]), (mine, ["stop", "start"]))
+
+    def test_what_cannot_be_cloned_is_refused_and_nothing_is_made(self) -> None:
+        self.parent()
+        self.utm.add("km-run", status="started")
+        self.utm.add("km-paused", status="paused")
+        before = self.utm.names()
+        for words, code, said in (
+            ("alpha alpha", 2, "a copy of itself"), ("alpha list", 2, "a word of kodemachine's own"),
+            ("alpha Beta", 2, "cannot be a label"), ("gone beta", 3, "there is no machine gone"),
+            ("alpha run", 4, "km-run exists already"), ("run beta", 4, "kodemachine stop run"),
+            ("paused beta", 4, "is paused"),
+        ):  # fmt: skip
+            self.assertIn(said, self.spawn("clone", *words.split(), code=code).err)
+        self.spawn("start", "-d", "alpha")
+        self.spawn("suspend", "--save", "alpha")
+        self.utm.restart()
+        self.assertIn("kodemachine resume alpha", self.spawn("clone", "alpha", "beta", code=4).err)
+        self.assertEqual((self.utm.names(), self.utm.calls("clone")[1:]), (before, []))
+
+    def test_one_that_was_cut_off_is_completed_by_either_command(self) -> None:
+        parent = self.parent()
+        self.utm.add("km-gamma")
+        for again in (("clone", "alpha", "beta"), ("start", "-d", "beta")):
+            self.utm.fault("clone", kill_parent="after", partial="no-rename", times=1)
+            self.assertEqual(self.km("clone", "alpha", "beta").code, -signal.SIGKILL)
+            self.utm.clear_faults()
+            self.assertIn("an earlier run began to clone km-alpha to km-beta",
+                          self.spawn("clone", "gamma", "beta", code=4).err)  # fmt: skip
+            self.spawn(*again)
+            self.assert_machines("km-alpha", "km-beta", "km-gamma")
+            self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
+            self.assertEqual(self.record("km-beta")["image"]["uuid"], self.base)
+            self.spawn("delete", "-f", "beta")
+
+    def test_a_fork_that_could_not_be_renewed_is_renewed_by_the_next_cold_start(self) -> None:
+        self.parent()
+        self.spawn("clone", "alpha", "beta")
+        old = self.identity("km-beta")
+        self.utm.fault("exec", silent=True, times=1)
+        self.assertIn("did not name km-beta", self.spawn("start", "-d", "beta").err)
+        self.spawn("start", "-d", "beta")           # it is not restarted under the hands of whoever uses it
+        self.spawn("stop", "beta")
+        self.spawn("start", "-d", "beta", "--disposable")
+        self.assertEqual((self.identity("km-beta"), self.record("km-beta")["fork"]), (old, True))
+        self.spawn("stop", "beta")
+        self.utm.change("km-beta", ignores_power_key=True)
+        self.use(stop_timeout=0.3)
+        self.spawn("start", "-d", "beta")
+        self.assertNotIn(self.identity("km-beta")[0], old)
+        self.assertNotIn("fork", self.record("km-beta"))
+
+
 class CandidatesTest(SpawnCase):
     """A guest with several addresses."""
 
@@ -2981,6 +3165,7 @@ class FaultTest(SpawnCase):
             ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
             ("refused", 5, 1, "Automation", {"error": -1743}),
             ("UTM's own words", 1, 1, "Kein Platz.", {"error": -2700, "string": "Kein Platz."}),
+            ("an error without words", 1, 1, "km-alpha: error -2700\n  Is the disk full?", {"error": -2700}),
             ("nothing is done and nothing said", 1, 1, "there is no new machine", {"silent": True}),
             ("-1712 for ever", 6, 1, "Run the same command again", {"error": -1712}),
             ("hung", 6, 1, "Run the same command again", {"hang": True}),
@@ -3799,8 +3984,16 @@ class ExecTest(Case):
         self.utm.fault("exec", error=-2700, string="The agent is not running.")
         result = self.execute("true")
         self.assertEqual(result.code, 1)
-        self.assertIn("was not run in km-a: The agent is not running.", result.err)
+        self.assertIn("km-a did not confirm that the command was run: The agent is not running.", result.err)
         self.assertIn("qemu-guest-agent", result.err)
+
+    def test_input_that_takes_too_long_is_not_said_to_have_done_nothing(self) -> None:
+        self.utm.fault("exec", error=-2700, string="Timed out waiting for RPC.", when="after")
+        result = self.execute("sh", "-c", "cat > /etc/taken", stdin="much")
+        with open(os.path.join(self.utm.guest("km-a"), "etc", "taken"), encoding="utf-8") as file:
+            self.assertEqual((result.code, file.read()), (1, "much"))
+        self.assertNotIn("was not run", result.err)
+        self.assertIn("kodemachine cp", result.err)
 
     def test_it_wants_a_command_and_a_running_machine(self) -> None:
         self.assertEqual(self.km("exec", "a").code, 2)
@@ -3838,7 +4031,8 @@ class ByNameTest(Case):
         return self.run_program([shutil.which(argv[0], path=self.environment["PATH"]) or argv[0], *argv[1:]])
 
     def test_ssh_reaches_a_machine_by_name(self) -> None:
-        self.assertEqual(self.by_name("ssh", "km-a", "echo here; exit 7")[:2], (7, "here\n"))
+        self.utm.fault("ip-address", delay=0.8)     # long enough for a line of progress, which would be in the way
+        self.assertEqual(self.by_name("ssh", "km-a", "echo here; exit 7"), (7, "here\n", ""))
         self.assertEqual(self.utm.machine("km-a")["status"], "started")
 
     def test_no_byte_of_a_session_passes_through_us(self) -> None:
@@ -3993,8 +4187,7 @@ class InstallTest(unittest.TestCase):
     """install.sh in a checkout of its own, on a machine with nothing but the tools it may use."""
 
     shell = shutil.which("dash") or "/bin/sh"
-    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "tail",
-             "uname")
+    tools = ("awk", "cat", "chmod", "cmp", "dirname", "grep", "head", "mkdir", "mv", "rm", "sed", "uname")
     program = """\
 #!/usr/bin/env python3
 '''Stands in for kodemachine: prints what it was run with.'''
@@ -4060,9 +4253,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         return out
 
     def first_line(self) -> str:
-        return self.read(self.target).partition("\n")[0]
+        with open(self.target, "rb") as file:
+            return file.readline().decode().rstrip("\n")
 
-    def test_the_installed_copy_runs_isolated_on_the_chosen_python(self) -> None:
+    def test_the_installed_program_runs_isolated_on_the_chosen_python(self) -> None:
         self.assertIn(f"installed kodemachine 1.0.0: {self.target} (Python ", self.install())
         self.assertEqual(stat.S_IMODE(os.stat(self.target).st_mode), 0o755)
         self.assertEqual(self.first_line(), f"#!{sys.executable} -IS")
@@ -4071,15 +4265,35 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         self.assertEqual(os.path.realpath(python), os.path.realpath(sys.executable))
         self.assertEqual(rest, ["1", "1", "a b"])
 
-    def test_only_the_first_line_differs_from_the_source(self) -> None:
+    def test_it_is_compiled_and_has_its_source_for_any_other_python(self) -> None:
         self.install()
-        source = self.read("check out/kodemachine.py")
-        self.assertEqual(self.read(self.target).partition("\n")[2], source.partition("\n")[2])
+        with zipfile.ZipFile(self.target) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+        self.assertEqual(parts["__main__.py"].decode(), self.read("check out/kodemachine.py"))
+        # Code of another Python, and code that cannot be right: it is not compiled anew while it fits.
+        for number, code, status in ((b"\0\0\0\0", b"", 0), (importlib.util.MAGIC_NUMBER, b"spoilt", 1)):
+            with zipfile.ZipFile(self.path("other"), "w") as archive:
+                archive.writestr("__main__.pyc", number + parts["__main__.pyc"][4:16] + code)
+                archive.writestr("__main__.py", parts["__main__.py"])
+            done = subprocess.run([sys.executable, "-IS", self.path("other"), "x"], capture_output=True, timeout=20)
+            self.assertEqual((done.returncode, b"|x" in done.stdout), (status, not status), done.stderr)
 
-    def test_the_real_kodemachine_is_recognised(self) -> None:
+    def test_the_real_kodemachine_is_recognised_and_knows_where_it_is(self) -> None:
         shutil.copy(os.path.join(HERE, "kodemachine.py"), self.path("check out"))
         self.install()
         self.assertIn(" is already up to date: ", self.install())
+        os.symlink(self.target, self.path("km"))
+        for program in (self.target, self.path("km"), self.path("check out/kodemachine.py")):
+            done = subprocess.run([sys.executable, "-IS", program, "ssh-config"], env={"HOME": self.path("home")},
+                                  capture_output=True, encoding="utf-8", timeout=20)
+            file = self.path("check out/kodemachine.py") if program.endswith(".py") else self.target
+            self.assertIn(f"-IS '{file}' proxy %h\n", done.stdout)
+
+    def test_a_plain_copy_is_recognised_and_replaced(self) -> None:
+        os.mkdir(self.path("home/bin"))
+        shutil.copy(self.path("check out/kodemachine.py"), self.target)
+        self.assertIn("updated kodemachine 1.0.0 -> 1.0.0: ", self.install())
+        self.assertIn("kodemachine 1.0.0 is already up to date", self.install())
 
     def test_a_second_run_changes_nothing_and_a_new_release_updates(self) -> None:
         self.install()
@@ -4092,10 +4306,10 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
 
     def test_a_running_copy_is_replaced_and_not_rewritten(self) -> None:
         self.install()
-        with open(self.target, encoding="utf-8") as running:
+        with open(self.target, "rb") as running:
             self.release("1.1.0")
             self.install()
-            self.assertIn('"1.0.0"', running.read())
+            self.assertIn(b'"1.0.0"', running.read())
 
     def test_prefix_may_be_relative_or_have_blanks_or_a_tilde(self) -> None:
         for prefix, folder in (("a prefix", "a prefix"), ("~/tools/", "home/tools"),
@@ -4210,7 +4424,7 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
     def test_the_tab_note_has_the_line_for_the_shell_in_use_until_it_is_there(self) -> None:
         for shell, file, line in (("/bin/zsh", ".zshrc", 'eval "$(kodemachine completion zsh)"'),
                                   ("/bin/bash", ".bashrc", 'eval "$(kodemachine completion bash)"'),
-                                  ("/usr/bin/fish", ".config/fish/config.fish", "kodemachine completion fish | source")):
+                                  ("/bin/fish", ".config/fish/config.fish", "kodemachine completion fish | source")):
             with self.subTest(shell):
                 self.write("stubs/uname", "#!/bin/sh\necho Linux\n")
                 note = f"note: for completion by Tab add this line to ~/{file}:\n  {line}\n"
@@ -5305,6 +5519,15 @@ class PurgeTest(FleetCase):
                 self.assertEqual(terminal.wait(), code, terminal.seen)
         self.assertNotIn("a", self.clones())
 
+    def test_what_is_remembered_of_machines_that_are_gone_goes_even_if_no_machine_does(self) -> None:
+        self.write_state("machines.json", json.dumps({FakeUTM.new_uuid(): {"name": "km-gone"}}))
+        self.vm("kept", "started")
+        self.remember(kept={})
+        self.km("purge", "--dry-run")
+        self.assertEqual(len(self.records()), 2)
+        self.assert_says(self.km("purge"), 0, "nothing to purge")
+        self.assertEqual([record["name"] for record in self.records().values()], ["km-kept"])
+
     def test_nothing_to_do_is_no_failure(self) -> None:
         self.image()
         self.vm("on", "started")
@@ -5779,6 +6002,361 @@ class StartTest(FleetCase):
         self.assertEqual(self.utm.calls(), [])
 
 
+class DoctorTest(FleetCase):
+    """Each finding of `doctor`, and that a healthy installation has none."""
+
+    CHECKS = [
+        "python", "user", "utmctl", "version", "automation", "utm", "osascript", "session", "image", "devices",
+        "ssh-key", "first-boot", "names", "macs", "host-keys", "machine-ids", "addresses", "copies", "space",
+        "leftovers", "network",
+    ]  # fmt: skip
+
+    def setUp(self) -> None:
+        super().setUp()
+        try:
+            self.greeter = Greeter(self.utm.app()["addresses"][:1])
+        except OSError:                         # a Mac has but this one
+            self.utm.option(addresses=["127.0.0.1"])
+            self.greeter = Greeter(["127.0.0.1"])
+        self.addCleanup(self.greeter.close)
+        self.ssh_key = os.path.join(self.home, ".ssh", "id_ed25519")
+        os.mkdir(os.path.dirname(self.ssh_key))
+        self.write_key(self.ssh_key)
+        self.settings: dict[str, Any] = {"ssh_port": self.greeter.port}
+        self.config(**self.settings)
+
+    def write_key(self, path: str, mode: int = 0o600) -> None:
+        with open(path, "w", encoding="utf-8"):
+            os.chmod(path, mode)
+
+    def healthy(self) -> None:
+        """An image as it should be, a clone that runs and one that was never started."""
+        self.image(serials=[{"kind": "ptty", "path": "/dev/ttys1"}])
+        self.vm("a", "started")
+        self.vm("new", macs=self.utm.machine(IMAGE)["macs"])
+        self.remember(a={"mac_checked": True, "host_keys": [host_key()], "machine_id": "1" * 32})
+
+    def doctor(self, patience: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> dict[str, list[str]]:
+        """What it says by check, of all that is not well: `level: message | remedy`; its exit status fits that."""
+        command = self.command("doctor", "--json", patience={"WARM_UP": 0.3, "GREETING": 0.3, **(patience or {})})
+        result = self.run_program(command, env=env)
+        self.assertNotIn("Traceback", result.err)
+        findings = json.loads(result.out)
+        self.assertEqual(list(dict.fromkeys(finding["check"] for finding in findings)), self.CHECKS)
+        self.assertEqual(result.code, int(any(finding["level"] == "error" for finding in findings)), result.err)
+        said: dict[str, list[str]] = {}
+        for finding in findings:
+            self.assertEqual(list(finding), ["check", "level", "message", "remedy"])
+            self.assertTrue(finding["message"])
+            self.assertEqual(bool(finding["remedy"]), finding["level"] in ("warning", "error"), finding)
+            if finding["level"] != "ok":
+                said.setdefault(finding["check"], []).append("{level}: {message} | {remedy}".format(**finding))
+        return said
+
+    def assert_said(self, said: dict[str, list[str]], **patterns: str) -> None:
+        """These checks, `_` for `-`, and no others have found something: a line of each matches; `skipped` in short."""
+        for check, lines in said.items():
+            pattern = patterns.pop(check.replace("-", "_"), "nothing")
+            for part in pattern.split(" && "):
+                self.assertTrue(any(re.search(part, line) for line in lines), f"{check}: no {part!r} in {lines}")
+            self.assertEqual(len(lines), len(pattern.split(" && ")), lines)
+        self.assertEqual(patterns, {}, "not found")
+
+    def test_on_a_healthy_installation_all_is_well(self) -> None:
+        self.healthy()
+        before = self.files_of_state()
+        result = self.km("doctor")
+        lines = result.out.splitlines()
+        self.assertEqual((result.code, result.err), (0, "all is well\n"), result.out)
+        self.assertEqual([line.split()[:2] for line in lines], [["\u2713", check] for check in self.CHECKS])
+        self.assertEqual(sorted(self.utm.verbs()), ["ip-address", "list", "version"])
+        self.assertEqual(self.files_of_state(), before)
+
+    def files_of_state(self) -> list[tuple[str, float]]:
+        paths = [os.path.join(top, name) for top, _, names in os.walk(self.state) for name in names]
+        return sorted((path, os.stat(path).st_mtime) for path in paths)
+
+    def test_a_person_is_shown_each_finding_with_its_remedy_below(self) -> None:
+        self.image(displays=[{"Hardware": "virtio-gpu-pci"}])
+        result = self.km("doctor", env={"SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"})
+        self.assertEqual((result.code, result.err), (0, "0 to mend, 3 to look at\n"))
+        self.assertRegex(result.out, r"(?m)^! devices     \S+ is not headless: .*\n {14}In its settings in UTM, remove")
+
+    def test_signs_fall_back_to_what_the_terminal_can_show(self) -> None:
+        for encoding, fits in (("utf-8", True), ("ascii", False), ("iso8859-1", False), ("no-such", False)):
+            with mock.patch.object(sys, "stdout", mock.Mock(encoding=encoding)):
+                self.assertEqual(kodemachine.Out.fits("\u2713\u2717"), fits, encoding)
+
+    def test_a_fleet_with_everything_wrong(self) -> None:
+        mac, key = self.utm.fake.new_mac(), host_key()
+        self.image(backend="apple", displays=[{}], serials=[{"kind": "terminal"}])
+        self.utm.add(IMAGE + " 2")
+        self.utm.add("KM-Twin")
+        self.vm("twin")
+        self.vm("a", "started", macs=[mac], ips=["192.168.64.3", "172.17.0.1"])
+        self.vm("b", "started", macs=[mac.lower()], ips=["192.168.64.3", "172.17.0.1"])
+        self.utm.add("Windows 11", macs=["02:00:00:00:00:01"])
+        self.vm("c", macs=["02:00:00:00:00:01"])
+        self.vm("new", macs=[mac])
+        self.remember(a={"host_keys": [key], "machine_id": "1" * 32}, b={"host_keys": [key], "machine_id": "1" * 32},
+                      c={"mac_checked": True})  # fmt: skip
+        self.write_state("machines.json", json.dumps({**self.records(), FakeUTM.new_uuid(): {"name": "km-gone"}}))
+        os.mkdir(os.path.join(self.state, "intents"))
+        self.write_state("intents/km-cut.json", "{}")
+        self.write_state("intents/km-Odd.json", "{}")
+        self.write_state("known_hosts.new", "")
+        os.utime(os.path.join(self.state, "known_hosts.new"), (0, 0))
+        self.config(**self.settings, identity_file=os.path.join(self.folder, "no key"), first_boot=self.folder)
+        self.assert_said(
+            self.doctor({"SPACE_LOW": 1 << 60, "SPACE_OUT": 1 << 60}, {"SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}),
+            session=r"warning: .*ssh session.*at the screen",
+            devices="error: .*not on the QEMU backend && warning: .*not headless && warning: .*no serial port",
+            ssh_key=r"error: .*no key \| ssh-keygen -t ed25519 -f '",
+            first_boot=r"error: .*directory \| .*config set first_boot",
+            names="error: 2 machines are called km-twin: .*Rename",
+            macs=f"error: km-a and km-b have one MAC address, {mac} && "
+                 "warning: (km-c and Windows 11|Windows 11 and km-c) have one MAC",
+            host_keys="warning: km-a and km-b have one host key",
+            machine_ids="warning: km-a and km-b have one machine-id",
+            addresses=r"error: km-a and km-b have one address, 192\.168\.64\.3",
+            copies=rf"warning: {IMAGE} 2 \(\S{{36}}\) is what a clone leaves",
+            space="error: only .* are free .*purge --dry-run",
+            leftovers=r"warning: 1 machines are remembered .*purge && warning: .*km-cut was cut off.*: kodemachine cut$"
+                      r" && warning: .*km-Odd was cut off.*\| rm && warning: .*known_hosts.new.*\| rm",
+            network="warning: no ssh server answers at 192.168.64.3 .*attach",
+        )  # fmt: skip
+
+    def test_what_is_under_way_is_no_leftover(self) -> None:
+        self.healthy()
+        self.utm.add(IMAGE + " 2")
+        os.mkdir(os.path.join(self.state, "intents"))
+        self.write_state("intents/km-cut.json", "{}")
+        self.write_state("known_hosts.new", "")
+        with self.held_lock("fleet"), self.held_lock("km-cut"):
+            self.assert_said(self.doctor())
+
+    def test_keys_for_ssh(self) -> None:
+        self.healthy()
+        own = os.path.join(self.folder, "own key")
+        self.write_key(own, 0o644)
+        self.config(**self.settings, identity_file=own)
+        self.assert_said(self.doctor(), ssh_key=rf"error: .*others may read it \| chmod 600 '{own}'")
+        self.config(**self.settings)
+        os.unlink(self.ssh_key)
+        self.assert_said(self.doctor(), ssh_key=r"warning: there is no key in ~/.ssh or an agent.*\| ssh-keygen")
+        for answer, keys in ((b"\0\0\0\5\x0c\0\0\0\2", 2), (b"\0\0\0\5\x0c\0\0\0\0", 0), (b"\0\0\0\1\5", 0)):
+            path = os.path.join(self.folder, f"agent{keys}{len(answer)}")
+            with socket.socket(socket.AF_UNIX) as agent:
+                agent.bind(path)
+                agent.listen()
+
+                def serve(agent: socket.socket = agent, answer: bytes = answer) -> None:
+                    with agent.accept()[0] as person:
+                        self.assertEqual(person.recv(5), b"\0\0\0\1\x0b")
+                        person.sendall(answer)
+
+                server = threading.Thread(target=serve)
+                server.start()
+                with mock.patch.dict(os.environ, {"SSH_AUTH_SOCK": path}):
+                    self.assertEqual(kodemachine.agent_keys(), keys)
+                server.join()
+
+    def test_no_image_or_one_that_runs(self) -> None:
+        self.vm("a")
+        self.assert_said(self.doctor(), image="error: there is no image", devices="skipped: .*image failed")
+        self.image(status="started")
+        self.assert_said(self.doctor({"SPACE_LOW": 1 << 60}), image="error: .* is started", devices="skipped: .*",
+                         space="warning: only .* are free")  # fmt: skip
+
+    def test_versions_of_utm(self) -> None:
+        contents = os.path.join(self.folder, "UTM.app", "Contents")
+        os.makedirs(os.path.join(contents, "MacOS"))
+        utm = mock.Mock()
+        utm.path.return_value = os.path.join(contents, "MacOS", "utmctl")
+        doctor = kodemachine.Doctor(kodemachine.Manager(kodemachine.Settings(), utm, mock.Mock()))
+
+        def said() -> list[tuple[str, str]]:
+            return [(level, message) for level, message, _ in doctor._version()]
+
+        utm.call.return_value = Reply(Verdict.USAGE, 64, "", "", (), 0.1)
+        [(level, message)] = said()
+        self.assertEqual((level, message.partition(":")[0]), ("warning", "UTM does not tell its version"))
+        for version, expected, words in (
+            ("5.0.3", "ok", "UTM 5.0.3$"), ("4.6.4", "error", "4.6.4 is too old"), ("4.6.5", "warning", "displays"),
+            ("4.7.0", "warning", "4.7.0 replaces"), ("4.7.1", "ok", "4.7.1$"), ("4.7.2", "error", "broken scripting"),
+            ("4.10", "ok", "4.10$"),
+        ):  # fmt: skip
+            utm.call.return_value = Reply(Verdict.DONE, 0, version + "\n", "", (), 0.1)
+            [(level, message)] = said()
+            self.assertEqual(level, expected, version)
+            self.assertRegex(message, words)
+        with open(os.path.join(contents, "Info.plist"), "wb") as file:
+            plistlib.dump({"CFBundleShortVersionString": "4.7.2"}, file, fmt=plistlib.FMT_BINARY)
+        self.assertEqual(said(), [("error", "UTM 4.7.2 has broken scripting")])
+
+    def test_what_cannot_be_looked_at_is_said_and_the_rest_is_looked_at(self) -> None:
+        self.healthy()
+        by_list = dict.fromkeys(("image", "osascript", "devices", "names", "macs", "host_keys", "machine_ids",
+                                 "addresses", "copies", "leftovers", "network"), "skipped: ")  # fmt: skip
+        self.utm.fault("list", error=-1743)
+        self.assert_said(self.doctor(), **by_list, utm="skipped: .*automation failed",
+                         automation=r"error: .*\(-1743\) \| .*Privacy & Security > Automation")  # fmt: skip
+        self.utm.clear_faults()
+        limits: Any = self.PATIENCE["LIMITS"]
+        fault: dict[str, Any]
+        for fault, words in (({"error": -600}, r"error: UTM gave no list within 1 s \(-600\) \| .*sudo"),
+                             ({"hang": True}, "error: UTM gave no list within 1 s"),
+                             ({"crash": "TRAP"}, "error: utmctl crashed"),
+                             ({"no_app": True}, "error: utmctl does not find UTM")):  # fmt: skip
+            self.utm.fault("list", **fault)
+            said = self.doctor({"LOOK_LIMIT": 1.0, "LIMITS": {**limits, "list": 0.4}})
+            self.assert_said(said, **by_list, utm=words, automation="skipped: .*does not answer")
+            self.utm.clear_faults()
+        by_script = {"macs": "skipped: .*osascript failed", "devices": "skipped: .*osascript failed"}
+        for fault, words in (({"error": -1743}, r"error: .*osascript.*\(-1743\).*no new machine.* \| .*Automation"),
+                             ({"error": -2700, "string": "Broken."}, "error: .*: .*Broken"),
+                             ({"silent": True}, "error: osascript learns nothing from UTM")):  # fmt: skip
+            self.utm.fault("addresses", **fault)
+            self.assert_said(self.doctor(), **by_script, osascript=words)
+            self.utm.clear_faults()
+        self.utm.fault("devices", error=-609)
+        self.assert_said(self.doctor(), devices="warning: UTM does not tell the devices of .*Connection is invalid")
+        os.unlink(os.path.join(self.bin, "utmctl"))
+        self.assert_said(self.doctor(), **by_list, utmctl=r"error: there is no utmctl \| Install UTM",
+                         **dict.fromkeys(("version", "automation", "utm"), "skipped: .*utmctl failed"))  # fmt: skip
+
+    def test_records_that_are_of_no_use(self) -> None:
+        self.healthy()
+        self.write_state("machines.json", "{")
+        self.assert_said(self.doctor(), leftovers=r"error: .*machines.json is of no use .* \| Move it away")
+        self.assertEqual(self.km("doctor").err.count("is of no use"), 1)
+
+    def test_what_only_a_mac_can_have(self) -> None:
+        """In process, since it takes another system, and another user."""
+        manager = kodemachine.Manager(kodemachine.Settings(ssh_port=1), mock.Mock(), mock.Mock())
+        doctor = kodemachine.Doctor(manager)
+        doctor._running = {"127.0.0.1": ["km-a"]}
+        darwin = mock.Mock(sysname="Darwin", release="24.1.0")
+        with mock.patch.object(os, "uname", return_value=darwin), mock.patch.object(os, "geteuid") as user, \
+                mock.patch.object(kodemachine.Prober, "unreachable", True), \
+                mock.patch.object(kodemachine, "GREETING", 0.1):  # fmt: skip
+            for uid, level in ((0, ["error"]), (501, [])):
+                user.return_value = uid
+                self.assertEqual([level for level, *_ in doctor._user()], level)
+            self.assertEqual([level for level, *_ in doctor._network()], ["error"])
+
+
+class FirstBootTest(FleetCase):
+    """The script that a new machine runs."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.script = os.path.join(self.folder, "my script")
+        self.write_script("#!/bin/sh", "echo hello")
+
+    def write_script(self, *lines: str) -> None:
+        with open(self.script, "w", encoding="utf-8") as file:
+            file.write("\n".join([*lines, ""]))
+
+    def with_fake_ssh(self) -> None:
+        """ssh keeps what it is sent, and ends with the status in the file `code`."""
+        self.image()
+        try:
+            greeter = Greeter(self.utm.app()["addresses"][:3])
+        except OSError:
+            self.skipTest("this machine has not so many addresses")
+        self.addCleanup(greeter.close)
+        self.config(ssh_port=greeter.port, first_boot=self.script)
+        real = os.path.join(self.utm.folder, "ssh.real")
+        with open(real, "w", encoding="utf-8") as file:
+            file.write(real + ".sh")
+        with open(real + ".sh", "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\ncat >>"{self.folder}/sent"\nexit $(cat "{self.folder}/code")\n')
+        os.chmod(real + ".sh", 0o755)
+        self.end_with(0)
+
+    def end_with(self, code: int) -> None:
+        with open(os.path.join(self.folder, "code"), "w", encoding="utf-8") as file:
+            file.write(str(code))
+
+    def sent(self) -> int:
+        """How often the script has been sent."""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.folder, "sent"), encoding="utf-8") as file:
+            return file.read().count("echo hello")
+        return 0
+
+    def test_it_runs_once_as_the_user_over_ssh_and_a_failure_is_repeated(self) -> None:
+        sshd = self.with_sshd(first_boot=self.script)
+        lines = ["#!/bin/sh -u", 'echo "user $(id -un) in $PWD: $0"', "echo to stderr >&2", 'echo "input: $(cat)"']
+        self.write_script(*lines, "exit 3")
+        failed = self.km("start", "-d", "a")
+        self.assertEqual((failed.code, failed.out), (1, ""))
+        home = os.path.expanduser("~" + pwd.getpwuid(os.geteuid()).pw_name)
+        user = re.search(r"(?m)^user (\S+) in (.*): (/.*/\.first-boot\.\w+)$", failed.err)
+        assert user, failed.err
+        self.assertEqual(user.groups()[:2], (pwd.getpwuid(os.geteuid()).pw_name, home))
+        self.assertFalse(os.path.exists(user.group(3)))
+        for words in ("running " + self.script, "to stderr", "input: \n", "exit status 3", "kodemachine ssh a"):
+            self.assertIn(words, failed.err)
+        self.assertEqual((self.states()["km-a"], self.record("a")["first_boot"]), ("started", "pending"))
+        inside = self.km("ssh", "a", "--", "echo inside")
+        self.assertEqual((inside.code, inside.out, inside.err), (0, "inside\n", ""))
+        self.write_script(*lines)
+        again = self.km("start", "-d", "a")
+        self.assertEqual((again.code, again.out), (0, sshd.hosts[0] + "\n"), again.err)
+        self.assertIn("\nuser ", again.err)
+        self.assertEqual(self.record("a")["first_boot"], "done")
+        self.assertEqual(self.km("a", "--", "echo session"), (0, "session\n", ""))
+
+    def test_only_a_new_machine_runs_it_and_a_disposable_boot_forgets_that(self) -> None:
+        self.with_fake_ssh()
+        self.vm("old")
+        self.assert_says(self.km("start", "-d", "old"), 0)
+        self.assertEqual(self.sent(), 0)
+        for options, times, state in ((["--disposable"], 1, "pending"), ([], 2, "done"), ([], 2, "done")):
+            self.assert_says(self.km("start", "-d", "a", *options), 0)
+            self.assertEqual((self.sent(), self.record("a")["first_boot"]), (times, state))
+            self.km("stop", "a")
+        self.assert_says(self.km("clone", "a", "b"), 0)
+        self.assert_says(self.km("b"), 0)                   # whose disk has all that it did
+        self.assertEqual((self.sent(), self.record("b")["first_boot"]), (2, "done"))
+        [command] = {call["argv"][-1] for call in self.utm.calls(tool="ssh") if "-T" in call["argv"]}
+        self.assertRegex(command, r"\Aexec sh -c '")
+        for call in self.utm.calls(tool="ssh"):
+            self.assertIn("StrictHostKeyChecking=yes", call["argv"])
+
+    def test_several_run_it_one_after_the_other_and_each_counts(self) -> None:
+        self.with_fake_ssh()
+        self.end_with(7)
+        result = self.km("start", "-d", "a", "b")
+        self.assertEqual((result.code, result.out, result.err.count("exit status 7"), self.sent()), (1, "", 2, 2))
+        self.end_with(0)
+        result = self.km("start", "-d", "a", "b")
+        self.assertEqual((result.code, len(result.out.splitlines()), self.sent()), (0, 2, 4), result.err)
+
+    def test_a_failure_in_a_machine_with_rm_deletes_it(self) -> None:
+        self.with_fake_ssh()
+        self.end_with(9)
+        self.assert_says(self.km("a", "--rm"), 1, "ended with exit status 9", "deleting km-a (--rm)")
+        self.assertEqual(self.utm.names(), [IMAGE])
+
+    def test_a_script_that_cannot_be_read_makes_no_machine(self) -> None:
+        self.with_fake_ssh()
+        os.unlink(self.script)
+        self.assert_says(self.km("start", "-d", "a"), 2, self.script, "config set first_boot")
+        self.assertEqual((self.utm.names(), self.asked("clone")), ([IMAGE], []))
+
+    def test_ctrl_c_ends_it_and_it_is_run_again(self) -> None:
+        self.with_sshd(first_boot=self.script)
+        self.write_script("#!/bin/sh", "echo ready", "exec sleep 30")
+        terminal = self.screen("a", TERM="xterm")
+        terminal.expect(b"ready")
+        terminal.send(b"\x03")
+        self.assertEqual(terminal.wait(), 130)
+        self.assertEqual(terminal.attributes(), terminal.before)
+        self.assertEqual(self.record("a")["first_boot"], "pending")
+
+
 class OutTest(FleetCase):
     """What a person and a pipe read."""
 
@@ -5867,6 +6445,12 @@ class OutTest(FleetCase):
         err = process.communicate(timeout=20)[1]
         self.assertEqual((process.returncode, b"Traceback" in err), (143, False), err)
         self.assertNoChildrenLeft()
+
+    def test_only_the_parser_of_the_command_at_hand_is_made(self) -> None:
+        for words, made in (([], 1), (["--version"], 1), (["-q", "ls", "--json"], 2), (["start", "alpha"], 2)):
+            with mock.patch.object(kodemachine, "Parser", wraps=kodemachine.Parser) as parser:
+                kodemachine.build_parser(words)
+            self.assertEqual(parser.call_count, made, words)
 
     def test_what_is_not_needed_is_not_loaded(self) -> None:
         self.vm("a")
@@ -6079,15 +6663,12 @@ class HelpTest(unittest.TestCase):
         self.assertIn("\n\nexamples:\n  kodemachine stop project-alpha\n", explained("help", "stop"))
 
     def test_a_group_of_commands_explains_itself(self) -> None:
-        entry = kodemachine.Command(kodemachine.cmd_list, (), (), False, ("base list",))
-        with mock.patch.dict(kodemachine.COMMANDS, {"base list": entry}):
-            group, one = explained("base"), explained("base", "list", "--help")
-            self.assertEqual([explained("help", "base"), explained("base", "--help")], [group, group])
-            self.assertEqual(explained("help", "base", "list"), one)
-            self.assertIn(kodemachine.GROUPS["base"], group)
-            self.assertRegex(group, r"(?m)^ +list +the machines")
-            self.assertRegex(one, "^usage: kodemachine base list ")
-            self.assertIn("\n  base        golden images", kodemachine.overview())
+        group, one = explained("base"), explained("base", "list", "--help")
+        self.assertEqual([explained("help", "base"), explained("base", "--help")], [group, group])
+        self.assertEqual(explained("help", "base", "list"), one)
+        self.assertIn(kodemachine.GROUPS["base"], group)
+        self.assertRegex(group, r"(?m)^ +seal +make a machine")
+        self.assertRegex(one, "^usage: kodemachine base list ")
 
 
 class FirstScreenTest(FleetCase):
@@ -6104,7 +6685,9 @@ class FirstScreenTest(FleetCase):
             return result.out.partition(five)[2].strip()
 
         end = "\n\nAll commands: kodemachine help"
-        self.assertIn("no machines yet: there is no image to clone. Make a ", said())
+        self.assertIn("UTM shows no machines; unless it has only just started: kodemachine base create ", said())
+        self.utm.add("Windows 12")
+        self.assertIn("no machines yet: there is no image to clone. Make one: kodemachine base create ", said())
         self.image()
         self.assertEqual(said(), "no machines yet; the first of these lines makes one" + end)
         self.vm("web", "started")
@@ -6178,17 +6761,17 @@ class WordsTest(unittest.TestCase):
                 self.assertEqual({word.partition("\t")[0] for word in told.splitlines()}, words, line)
 
     def test_commands_of_two_words_come_one_at_a_time(self) -> None:
-        entry = kodemachine.Command(kodemachine.cmd_list, (), (), False, ("base list",))
         ctx: Any = None
-        with mock.patch.dict(kodemachine.COMMANDS, {"base list": entry, "base use": entry}):
-            for words, word, expected in (
-                (["base"], "", {"list", "use"}),
-                (["base", "use"], "-", {"-h", "--help"}),
-                (["base", "nonsense"], "", set()),
-                (["help", "base"], "", {"list", "use"}),
-            ):
-                self.assertEqual(set(kodemachine.fitting(ctx, words, word)), expected, words)
-            self.assertIn("base", kodemachine.fitting(ctx, ["help"], ""))
+        words_of_base = {"list", "use", "create", "seal"}
+        for words, word, expected in (
+            (["base"], "", words_of_base),
+            (["base", "use"], "-", {"-h", "--help"}),
+            (["base", "create", "v0.1.0", "--image"], "", {"/"}),
+            (["base", "nonsense"], "", set()),
+            (["help", "base"], "", words_of_base),
+        ):
+            self.assertEqual(set(kodemachine.fitting(ctx, words, word)), expected, words)
+        self.assertIn("base", kodemachine.fitting(ctx, ["help"], ""))
 
 
 class TabTest(FleetCase):
@@ -6334,6 +6917,8 @@ class ArchitectureTest(unittest.TestCase):
             "Prober",
             "VM",
             "Manager",
+            "Sealer",
+            "Creator",
             "Out",
             "Context",
             "COMMANDS",
@@ -6376,6 +6961,595 @@ class ArchitectureTest(unittest.TestCase):
         known = getattr(sys, "stdlib_module_names", None)  # from 3.10 on
         imported = {name.partition(".")[0] for name in imported}
         self.assertLessEqual(imported, known or imported)
+
+
+# ---- golden images
+
+
+class BaseTest(FleetCase):
+    """Which images there are, and which one new machines come from."""
+
+    def test_the_list_tells_which_is_configured_and_how_many_clones_came_from_each(self) -> None:
+        self.documents()
+        old, new, other = (self.image(name) for name in ("kodeimage-v0.9.0", "kodeimage-v0.10.0", "Old Debian"))
+        for label, uuid in (("a", old), ("b", old), ("c", other)):
+            self.vm(label)
+            self.remember(**{label: {"image": {"name": "whatever", "uuid": uuid}}})
+        facts = json.loads(self.km("base", "list", "--json").out)
+        self.assertEqual([list(fact) for fact in facts][0],
+                         ["name", "uuid", "status", "size", "configured", "clones"])
+        self.assertEqual({fact["uuid"]: (fact["configured"], fact["clones"], fact["size"] > 65536) for fact in facts},
+                         {old: (False, 2, True), new: (True, 0, True), other: (False, 1, True)})
+        lines = [line.split() for line in self.km("base", "list").out.splitlines()]
+        self.assertEqual([line[:-2] for line in lines[1:]], [["kodeimage-v0.9.0", "stopped"],
+                         ["*", "kodeimage-v0.10.0", "stopped"], ["Old", "Debian", "stopped"]])
+        self.config(base_image="gone")
+        self.assert_says(self.km("base", "list"), 0, "base_image is gone, and there is no such machine")
+
+    def test_without_images_the_list_says_how_to_make_one(self) -> None:
+        self.vm("a")
+        self.assertEqual(self.km("base", "list", "--json").out, "[]\n")
+        self.assert_says(self.km("base", "list"), 0, "kodemachine base create v0.1.0")
+
+    def test_use_sets_the_name_and_keeps_the_other_keys(self) -> None:
+        path = self.config(boot_timeout=7)
+        self.image("kodeimage-v0.1.0")
+        uuid = self.image("Old Debian")
+        for word in ("Old Debian", uuid, uuid.lower()):
+            self.assert_says(self.km("base", "use", word), 0, "new machines come from Old Debian")
+            with open(path, encoding="utf-8") as file:
+                self.assertEqual(json.load(file), {"boot_timeout": 7, "base_image": "Old Debian"})
+
+    def test_use_refuses_what_cannot_be_cloned_and_changes_nothing(self) -> None:
+        path = self.config(base_image="kodeimage-v0.1.0")
+        self.image("kodeimage-v0.1.0")
+        self.image("kodeimage-v0.2.0", status="started")
+        twins = [self.utm.add("twin") for _ in range(2)]
+        self.vm("a")
+        for name, code, words in (("nosuch", 3, ["no image nosuch"]), ("kodeimage-v0.2.0", 4, ["is started"]),
+                                  ("km-a", 4, ["is a clone"]), ("twin", 4, twins)):
+            self.assert_says(self.km("base", "use", name), code, *words)
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
+
+
+class SealTest(FleetCase):
+    """A machine becomes an image."""
+
+    PINNED = {
+        "etc/netplan/50-cloud-init.yaml": "network:\n  ethernets:\n    eth0:\n      match: {macaddress: 'a'}\n",
+        "etc/systemd/network/10-a.network": "[Match]\nPermanentMACAddress=52:54:00:00:00:01\n[Network]\nDHCP=yes\n",
+        "etc/systemd/network/11-b.network": "[Match]\nName=enp0s1\n[Network]\nAddress=10.0.0.1/24\n",
+        "etc/systemd/network/10-c.link": "[Match]\nMACAddress=52:54:00:00:00:01\n[Link]\nName=lan\n",
+        "etc/udev/rules.d/70-persistent-net.rules": 'SUBSYSTEM=="net"\n',
+    }
+    FREE = {
+        "etc/netplan/90-any.yaml": "network:\n  ethernets:\n    any:\n      match:\n        name: 'e*'\n",
+        "etc/systemd/network/80-any.network": "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n",
+    }
+    LITTER = {
+        "root/.bash_history": "secret\n", "home/me/.python_history": "x\n", "var/cache/apt/archives/a.deb": "deb",
+        "var/lib/NetworkManager/a.lease": "x", "var/log/syslog": "x\n", "var/log/syslog.1": "x\n",
+        "var/log/journal/0/system.journal": "x", "var/lib/systemd/random-seed": "x",
+        "etc/ssh/ssh_host_rsa_key": "x",
+    }  # fmt: skip
+    PROFILE = "[connection]\nid=Wired\ninterface-name=enp0s1\n\n[ethernet]\nmac-address=52:54:00:00:00:01\n"
+    REPAIRED = ["user", "key", "console", "network", "cloud", "newkeys", "dbus"]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.image()
+        self.config(ssh_user="me")
+        self.put(self.home, {".ssh/id_ed25519.pub": PUBLIC_KEY + " me@mac\n"})
+        self.uuid = self.vm("alpha", "started")
+        self.root = self.utm.guest("km-alpha")
+        self.litter()
+
+    def put(self, folder: str, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    def litter(self) -> None:
+        """The guest is what a person leaves behind who knows nothing of images."""
+        self.put(self.root, {**self.PINNED, **self.FREE, **self.LITTER, "etc/cloud/cloud.cfg": "x",
+                             "var/lib/dbus/machine-id": "0123456789abcdef0123456789abcdef\n", "root/.netrc": "x",
+                             "etc/NetworkManager/system-connections/Wired connection 1.nmconnection": self.PROFILE})
+        with self.utm.fake as utm:
+            Guest(utm, self.uuid).give_away(self.root)
+
+    def read(self, name: str) -> str:
+        with open(os.path.join(self.root, name), encoding="utf-8") as file:
+            return file.read()
+
+    def there(self, *names: str) -> list[str]:
+        return [name for name in names if os.path.exists(os.path.join(self.root, name))]
+
+    def steps(self, text: str) -> dict[str, str]:
+        """The status of each step in a table."""
+        return dict(re.findall(r"(?m)^([a-z]+) +(ok|would|done|bad|warn)\b", text))
+
+    def seal(self, *args: str, code: int = 0) -> Result:
+        result = self.km("base", "seal", *(args or ("alpha", "-y")))
+        self.assertEqual(result.code, code, result.err)
+        return result
+
+    def assert_sealed(self) -> None:
+        self.assertEqual(self.states()["km-alpha"], "stopped")
+        self.assertEqual(self.read("etc/machine-id"), "")
+        self.assertEqual(os.readlink(os.path.join(self.root, "var/lib/dbus/machine-id")), self.root + "/etc/machine-id")
+        self.assertEqual([name for name in os.listdir(self.root + "/etc/ssh") if name.startswith("ssh_host")], [])
+        self.assertEqual(self.there(*(set(self.LITTER) - {"var/log/syslog"}), *self.PINNED), [])
+        self.assertEqual(self.read("var/log/syslog"), "")
+        self.assertEqual(sorted(self.there(*(name + ".before-kodemachine" for name in self.PINNED))),
+                         sorted(name + ".before-kodemachine" for name in self.PINNED))
+        for name, text in self.FREE.items():
+            self.assertEqual(self.read(name), text)
+        self.assertIn('match: {name: "e*"}', self.read("etc/netplan/60-kodemachine.yaml"))
+        self.assertIn("Name=en* eth*\n", self.read("etc/systemd/network/60-kodemachine.network"))
+        self.assertEqual(self.read("etc/NetworkManager/system-connections/Wired connection 1.nmconnection"),
+                         "[connection]\nid=Wired\n\n[ethernet]\n")
+        self.assertEqual(self.read("home/me/.ssh/authorized_keys"), PUBLIC_KEY + " me@mac\n")
+        port = "ttyAMA0" if os.uname().machine in ("aarch64", "arm64") else "ttyS0"
+        self.assertLessEqual({f"serial-getty@{port}.service", "kodemachine-hostkeys.service"},
+                             set(self.read("etc/systemd/enabled").split()))
+        self.assertEqual(self.there("etc/cloud/cloud-init.disabled"), ["etc/cloud/cloud-init.disabled"])
+
+    def test_check_shows_what_would_change_and_changes_nothing(self) -> None:
+        def everything() -> dict[str, tuple[int, int]]:
+            paths = [os.path.join(top, name) for top, _, names in os.walk(self.root) for name in names]
+            return {path: (os.lstat(path).st_ino, os.lstat(path).st_mtime_ns) for path in paths}
+        before = everything()
+        told = self.steps(self.seal("alpha", "--check").out)
+        self.assertEqual({name for name in told if told[name] == "would"},
+                         {*self.REPAIRED, "histories", "packages", "leases", "logs", "seed", "hostkeys", "machineid"})
+        self.assertEqual({name for name in told if told[name] == "warn"}, {"sudo", "secrets"})
+        self.assertEqual(everything(), before)
+        self.assertEqual(self.states()["km-alpha"], "started")
+
+    def test_it_repairs_cleans_and_stops_and_a_second_time_has_nothing_to_repair(self) -> None:
+        self.remember(alpha={"host_keys": [host_key()], "personality": True, "machine_id": "x"})
+        self.write_state("known_hosts", f"km-alpha {host_key()}\n")
+        first = self.seal()
+        self.assert_sealed()
+        self.assertLessEqual(set(self.REPAIRED), {name for name, status in self.steps(first.err).items()
+                                                  if status == "done"})
+        self.assertIn("/root/.netrc would be in every clone", first.err)
+        self.assertEqual(self.record("alpha"), {"name": "km-alpha"})
+        self.assertEqual(self.read_state("known_hosts"), "")
+        second = self.seal()        # it is off, and started for that
+        self.assertIn("starting km-alpha", second.err)
+        done = re.findall(r"(?m)^([a-z]+) +done", second.err)
+        self.assertEqual(done, ["trim"])
+        self.assert_sealed()
+
+    def test_what_was_left_alone_is_what_was_right(self) -> None:
+        key = PUBLIC_KEY + " elsewhere"
+        self.put(self.root, {"home/me/.ssh/authorized_keys": f"# {PUBLIC_KEY[:30]}\nssh-rsa AAAA other\n{key}",
+                             "etc/passwd": f"me:*:1000:1000::{self.root}/home/me:/bin/bash\n",
+                             "etc/sudoers.d/me": "me ALL=(ALL) NOPASSWD: ALL\n"})
+        told = self.steps(self.seal("alpha", "--check").out)
+        self.assertEqual([told[name] for name in ("agent", "ssh", "user", "key", "sudo")], ["ok"] * 5)
+
+    def test_the_new_host_keys_are_made_by_the_unit_before_sshd(self) -> None:
+        self.seal()
+        unit = self.read("etc/systemd/system/kodemachine-hostkeys.service")
+        self.assertRegex(unit, "Before=ssh.service sshd.service\n")
+        line = re.search(r"(?ms)^ExecStart=(.*?[^\\])$", unit)
+        assert line
+        self.utm.change("km-alpha", status="started", up_at=0.0)
+        words = shlex.split(line[1].replace("\\\n", " ").replace("$$", "$").replace(self.root, ""))
+        for _ in range(2):
+            result = self.utmctl("exec", "km-alpha", "--cmd", *words)
+            self.assertEqual((result.code, result.err), (0, ""))
+            public = self.read("etc/ssh/ssh_host_ed25519_key.pub")
+        self.assertEqual(len(parse_host_keys([public])), 1)
+        self.assertEqual(self.read("etc/ssh/ssh_host_ed25519_key.pub"), public)
+
+    def test_without_a_terminal_and_y_nothing_is_changed_or_even_asked(self) -> None:
+        self.assert_says(self.seal("alpha", code=2), 2, "needs a yes", "-y")
+        self.assertEqual(self.utm.verbs(), [])
+
+    def test_a_person_is_asked_twice_and_may_say_no(self) -> None:
+        terminal = self.km_tty("base", "seal", "alpha")
+        terminal.expect(b"Seal km-alpha, and shut it down\\? \\[y/N\\] ")
+        terminal.send(b"n\n")
+        self.assertEqual(terminal.wait(), 1)
+        self.assertEqual(self.there("etc/cloud/cloud-init.disabled"), [])
+        for answer in (b"n\n", b"y\n"):
+            terminal = self.km_tty("base", "seal", "alpha")
+            terminal.expect(b"shut it down\\? \\[y/N\\] ")
+            terminal.send(b"y\n")
+            terminal.expect(b"May me become root without a password\\? \\[y/N\\] ")
+            terminal.send(answer)
+            self.assertEqual(terminal.wait(), 0, terminal.seen)
+            self.assertEqual(bool(self.there("etc/sudoers.d/90-kodemachine")), answer == b"y\n")
+        self.assertEqual(self.read("etc/sudoers.d/90-kodemachine"), "me ALL=(ALL) NOPASSWD: ALL\n")
+
+    def test_as_copies_it_and_the_machine_stays_a_clone(self) -> None:
+        self.assert_says(self.seal("km-alpha", "-y", "--as", "v0.3.0"), 0, "kodeimage-v0.3.0 is ready")
+        self.assertEqual(self.states(), {IMAGE: "stopped", "km-alpha": "stopped", "kodeimage-v0.3.0": "stopped"})
+        image = self.utm.machine("kodeimage-v0.3.0")
+        self.assertEqual(self.records()[image["uuid"]]["image"]["uuid"], self.uuid)
+        self.assertEqual(list(self.listed()), ["km-alpha"])
+        self.seal()
+
+    def test_what_may_not_be_sealed(self) -> None:
+        self.utm.add("alpha")
+        self.utm.add("plain", status="started")
+        other = self.image("kodeimage-custom")
+        self.vm("saved", saved=True)
+        self.remember(saved={"saved": True})
+        for words, code, said in (
+            ("alpha", 4, [self.uuid, self.utm.machine("alpha")["uuid"]]), (IMAGE, 4, ["is an image"]),
+            (other, 4, ["is an image"]), ("nosuch", 3, ["no machine nosuch"]), ("saved", 4, ["saved session"]),
+            ("plain --as 0.3.0", 2, ["no version"]), (f"plain --as {IMAGE[10:]}", 4, [f"a machine {IMAGE} already"]),
+            ("km-saved --check", 4, ["saved"]),
+        ):  # fmt: skip
+            with self.subTest(words):
+                self.assert_says(self.seal(*words.split(), "-y", code=code), code, *said)
+        self.config(ssh_user="me", base_image="plain")
+        self.assert_says(self.seal("plain", "-y", code=4), 4, "plain is an image")
+        self.assertEqual(set(self.utm.verbs()), {"list"})
+
+    def test_a_key_of_ones_own_is_needed(self) -> None:
+        self.config(ssh_user="me", identity_file="~/.ssh/work")
+        self.assert_says(self.seal("alpha", "-y", code=1), 1, "no public key of yours", ".ssh/work.pub")
+        self.put(self.home, {".ssh/work.pub": "ssh-ed25519 AAAAwork\n"})
+        self.seal()
+        self.assertEqual(self.read("home/me/.ssh/authorized_keys"), "ssh-ed25519 AAAAwork\n")
+
+    def test_what_cannot_be_mended_names_its_step_and_leaves_the_rest(self) -> None:
+        self.put(self.root, {"bin/useradd": "#!/bin/sh\necho useradd: no space >&2; exit 1\n"})
+        self.assert_says(self.seal(code=1), 1, "user (there is no user me: useradd: no space)")
+        self.assertEqual((self.there("etc/cloud/cloud-init.disabled"), self.states()["km-alpha"]), ([], "started"))
+
+    def test_cut_off_at_any_step_the_next_run_ends_it(self) -> None:
+        for name in ("fix_key", "fix_network", "fix_newkeys", "fix_logs", "fix_hostkeys", "fix_machineid"):
+            with self.subTest(name):
+                shutil.rmtree(self.root)
+                self.utm.guest("km-alpha")
+                self.litter()
+                self.utm.change("km-alpha", status="started", up_at=0.0)
+                script = kodemachine.SEAL.replace(name + "() {", name + "() { kill -9 $$;")
+                self.assertNotEqual(script, kodemachine.SEAL)
+                result = self.run_program(self.command("base", "seal", "alpha", "-y", patience={"SEAL": script}))
+                self.assert_says(result, 1, "sealing km-alpha broke off after its step")
+                self.seal()
+                self.assert_sealed()
+
+    def test_an_interrupted_copy_is_completed_and_not_made_twice(self) -> None:
+        self.utm.fault("clone", kill_parent="before", delay=0.3)
+        self.km("base", "seal", "alpha", "-y", "--as", "v0.3.0")
+        self.utm.clear_faults()
+        self.assert_says(self.seal("alpha", "-y", "--as", "v0.3.0"), 0, "kodeimage-v0.3.0 is ready")
+        self.assertEqual(len(self.utm.machines()), 3)
+        self.assertEqual(len(self.utm.calls("exec")), 4)        # it was sealed once
+        self.assert_says(self.seal("alpha", "-y", "--as", "v0.3.0", code=4), 4, "already")
+
+    def test_a_guest_without_an_agent_is_not_waited_for_for_ever(self) -> None:
+        self.config(ssh_user="me", boot_timeout=0.5)
+        self.utm.change("km-alpha", agent_after=None)
+        self.assert_says(self.seal(code=6), 6, "agent of km-alpha does not answer", "not running or not installed")
+
+
+def empty_qcow2(size: int) -> bytes:
+    """An image of version 3 with nothing in it: header, refcount table, one refcount block, L1 table."""
+    cluster = 65536
+    entries = -(-size // (cluster * cluster // 8))
+    header = struct.pack(">4sIQIIQIIQQIIQQQQII", b"QFI\xfb", 3, 0, 0, 16, size, 0, entries, 3 * cluster, cluster, 1,
+                         0, 0, 0, 0, 0, 4, 104) + bytes(8)
+    parts = (header, struct.pack(">Q", 2 * cluster), struct.pack(">HHHH", 1, 1, 1, 1), b"")
+    return b"".join(part.ljust(cluster, b"\0") for part in parts)
+
+
+class Qcow2Test(unittest.TestCase):
+    """Growing a disk image in place, judged by qemu-img."""
+
+    def setUp(self) -> None:
+        if not shutil.which("qemu-img"):
+            self.skipTest("no qemu-img here")
+        folder = tempfile.mkdtemp(prefix="kodemachine-test-")
+        self.addCleanup(shutil.rmtree, folder)
+        self.path = os.path.join(folder, "disk.qcow2")
+
+    def qemu_img(self, *words: str) -> str:
+        return subprocess.run(["qemu-img", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=True).stdout.decode()
+
+    def make(self, options: str, compressed: bool) -> None:
+        """An image of 5 MiB with some data, and beside it as a raw file what is in it."""
+        data = b"".join(os.urandom(4096) + bytes(200000) + b"text " * 5000 for _ in range(20))
+        data = data.ljust(5 << 20, b"\0")
+        with open(self.path + ".raw", "wb") as file:
+            file.write(data)
+        self.qemu_img("convert", "-f", "raw", "-O", "qcow2", *["-c"] * compressed, "-o", options, self.path + ".raw",
+                      self.path)
+
+    def test_images_of_every_kind_are_sound_afterwards_and_hold_what_they_held(self) -> None:
+        for compat, bits, compressed in itertools.product(("0.10", "1.1"), (14, 16, 21), (False, True)):
+            with self.subTest(compat=compat, bits=bits, compressed=compressed):
+                self.make(f"compat={compat},cluster_size={1 << bits}", compressed)
+                size = 3 << 30
+                kodemachine.grow_qcow2(self.path, size)
+                self.assertIn("No errors were found", self.qemu_img("check", self.path))
+                self.assertEqual(json.loads(self.qemu_img("info", "--output=json", self.path))["virtual-size"], size)
+                with open(self.path + ".raw", "r+b") as file:
+                    file.truncate(size)
+                self.assertIn("identical", self.qemu_img("compare", "-f", "raw", "-F", "qcow2", self.path + ".raw",
+                                                         self.path))
+                kodemachine.grow_qcow2(self.path, size)         # nothing to do
+
+    def test_a_zstd_image_grows_too(self) -> None:
+        try:
+            self.make("compat=1.1,compression_type=zstd", True)
+        except subprocess.CalledProcessError:
+            self.skipTest("this qemu-img has no zstd")
+        kodemachine.grow_qcow2(self.path, 1 << 30)
+        self.assertIn("No errors were found", self.qemu_img("check", self.path))
+
+    def test_what_is_unusual_is_refused_and_not_touched(self) -> None:
+        def header(offset: int, value: bytes) -> None:
+            with open(self.path, "r+b") as file:
+                file.seek(offset)
+                file.write(value)
+        self.make("compat=1.1", False)
+        shutil.copy(self.path, self.path + ".other")
+        cases: dict[str, Callable[[], Any]] = {
+            "snapshots": lambda: self.qemu_img("snapshot", "-c", "one", self.path),
+            "not closed properly": lambda: header(79, b"\1"),
+            "not closed": lambda: header(79, b"\2"),
+            "encrypted": lambda: header(35, b"\1"),
+            "another file": lambda: header(79, b"\4"),
+            "newer format": lambda: header(79, b"\x10"),
+            "bitmaps": lambda: self.qemu_img("bitmap", "--add", self.path, "b"),
+            "backing file": lambda: self.qemu_img("create", "-f", "qcow2", "-b", self.path + ".other", "-F", "qcow2",
+                                                  self.path),
+            "version 4": lambda: header(7, b"\4"),
+            "no qcow2 image": lambda: header(0, b"QFI"  b"\0"),
+            "too small": lambda: self.qemu_img("create", "-f", "qcow2", "-o", "cluster_size=512", self.path, "5M"),
+        }
+        for words, change in cases.items():
+            with self.subTest(words):
+                self.make("compat=1.1", False)
+                change()
+                with open(self.path, "rb") as file:
+                    before = file.read()
+                with self.assertRaisesRegex(ValueError, words):
+                    kodemachine.grow_qcow2(self.path, 1 << 30)
+                with open(self.path, "rb") as file:
+                    self.assertEqual(file.read(), before)
+        self.make("compat=1.1", False)
+        with self.assertRaisesRegex(ValueError, "has 5.0M already"):
+            kodemachine.grow_qcow2(self.path, 4 << 20)
+
+
+class Mirror:
+    """A web server with an image and its SHA256SUMS, which can be told to be a bad one."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        mirror = self
+        self.files = files
+        self.asked: list[tuple[str, str | None]] = []       # path, Range
+        self.ranges = True                                  # whether it can send the rest of a file
+        self.cut = 0                                        # so many bytes of each answer are missing
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # noqa: N802 (as http.server's)
+                wanted = self.headers["Range"]
+                mirror.asked.append((self.path, wanted))
+                data = mirror.files.get(self.path)
+                start = int(re.findall(r"\d+", wanted)[0]) if wanted and mirror.ranges else 0
+                if data is None or (start and start >= len(data)):
+                    return self.send_error(404 if data is None else 416)
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                self.wfile.write(data[start:len(data) - mirror.cut * (self.path != "/SHA256SUMS")])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class CreateTest(FleetCase):
+    """From a cloud image to a golden one."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        tools = os.path.join(self.folder, "tools")
+        os.mkdir(tools)
+        for tool in ("curl", "xorriso"):
+            program = shutil.which(tool)
+            if not program:
+                self.skipTest(f"no {tool} here")
+            os.symlink(program, os.path.join(tools, tool))
+        self.environment["PATH"] = os.pathsep.join([self.bin, tools])        # without qemu-img
+        self.image_data = empty_qcow2(2 << 30) + os.urandom(300000)
+        self.mirror = Mirror({"/cloud.img": self.image_data})
+        self.addCleanup(self.mirror.close)
+        self.publish(self.image_data)
+        self.cache = os.path.join(self.home, ".cache", "kodemachine")
+        os.makedirs(os.path.join(self.home, ".ssh"))
+        with open(os.path.join(self.home, ".ssh", "id_rsa.pub"), "w", encoding="utf-8") as file:
+            file.write(PUBLIC_KEY + "\n")
+
+    def publish(self, data: bytes) -> None:
+        """The published checksum is that of `data`."""
+        text = f"{'0' * 64} *other.img\n{hashlib.sha256(data).hexdigest()} *cloud.img\n"
+        self.mirror.files["/SHA256SUMS"] = text.encode()
+
+    def create(self, *args: str, code: int = 0, image: str | None = None) -> Result:
+        image = image or self.mirror.url + "/cloud.img"
+        result = self.km("base", "create", "v0.1.0", "--image", image, "--user", "me", *args)
+        self.assertEqual(result.code, code, result.err)
+        self.assertNotIn("Traceback", result.err)
+        return result
+
+    def downloads(self) -> list[str | None]:
+        return [wanted for path, wanted in self.mirror.asked if path == "/cloud.img"]
+
+    def assert_made(self) -> None:
+        self.assertEqual(self.states(), {"kodeimage-v0.1.0": "stopped"})
+        vm = self.utm.machine("kodeimage-v0.1.0")
+        self.assertEqual((vm["cpus"], vm["memory"], vm["drives"]), (4, 4096, [vm["drives"][0]]))
+        self.assertEqual(os.listdir(self.cache), ["cloud.img"])
+        self.assertEqual(self.records()[vm["uuid"]].get("making"), None)
+        with open(os.path.join(self.utm.guest(vm["uuid"]), "etc/machine-id"), encoding="utf-8") as file:
+            self.assertEqual(file.read(), "")
+        self.assertEqual(os.listdir(os.path.join(self.state, "intents")), [])
+
+    def test_from_nothing_to_the_image_that_new_machines_come_from(self) -> None:
+        result = self.create("--cpus", "4", "--memory", "4G", "--disk", "3G")
+        self.assert_made()
+        self.assertIn("kodeimage-v0.1.0 is ready", result.err)
+        self.assertIn("kodemachine config set ssh_user me", result.err)
+        with open(os.path.join(self.home, ".config/kodemachine/config.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
+        self.assert_says(self.create(code=4), 4, "a machine kodeimage-v0.1.0 already")
+        self.assertEqual(len(self.downloads()), 1)
+
+    def test_with_another_image_there_the_configuration_stays(self) -> None:
+        self.image("kodeimage-v0.0.9")
+        self.create("-y", code=2)
+        self.create()
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".config/kodemachine/config.json")))
+
+    def test_the_seed_and_the_disk_are_what_cloud_init_and_utm_take(self) -> None:
+        self.utm.fault("make", error=-2700, string="No room.")
+        self.assert_says(self.create("--disk", "3G", code=1), 1,
+                         "making the machine unfinished-kodeimage-v0.1.0: UTM could not make", "No room.")
+        base = os.path.join(self.cache, "kodeimage-v0.1.0")
+        with open(base + ".iso", "rb") as file:
+            file.seek(32768 + 40)
+            self.assertEqual(file.read(32).rstrip(), b"cidata")
+        with open(base + ".qcow2", "rb") as file:
+            self.assertEqual(kodemachine.parse_qcow2(file.read(104)).size, 3 << 30)
+        seed = {}
+        for name in ("user-data", "meta-data", "network-config"):
+            with open(os.path.join(base + ".seed", name), encoding="utf-8") as file:
+                first, _, rest = file.read().partition("#cloud-config\n")
+                seed[name] = json.loads(rest or first)
+        self.assertEqual(seed["user-data"]["users"][0]["name"], "me")
+        self.assertEqual(seed["user-data"]["users"][0]["ssh_authorized_keys"], [PUBLIC_KEY])
+        self.assertEqual(seed["network-config"]["ethernets"]["any"]["match"], {"name": "e*"})
+        made = self.utm.calls("make", tool="osascript")[0]["argv"]
+        self.assertEqual(made[2], "unfinished-kodeimage-v0.1.0")
+        self.assertEqual(made[4:], ["4", "4096", base + ".qcow2", base + ".iso"])
+        self.utm.clear_faults()
+        self.create()
+        self.assert_made()
+        self.assertEqual(len(self.downloads()), 1)
+
+    def test_a_truncated_download_is_resumed(self) -> None:
+        self.mirror.cut = 100000
+        self.assert_says(self.create(code=1), 1, "getting the disk: curl: (18)", "Run the same command again")
+        self.assertEqual(os.listdir(self.cache), ["cloud.img.part"])
+        self.mirror.cut = 0
+        self.create()
+        self.assert_made()
+        self.assertEqual(self.downloads(), [None, f"bytes={len(self.image_data) - 100000}-"])
+
+    def test_a_server_that_cannot_resume_sends_it_all_again(self) -> None:
+        self.mirror.cut, self.mirror.ranges = 100000, False
+        self.create(code=1)
+        self.mirror.cut = 0
+        self.create()
+        self.assert_made()
+
+    def test_a_wrong_checksum_removes_the_download_and_the_next_run_succeeds(self) -> None:
+        self.publish(b"something else")
+        self.assert_says(self.create(code=1), 1, "cloud.img is not what", "and was removed")
+        self.assertEqual(os.listdir(self.cache), [])
+        self.mirror.files["/SHA256SUMS"] = b"\n"
+        self.assert_says(self.create(code=1), 1, "SHA256SUMS does not list cloud.img")
+        self.publish(self.image_data)
+        self.create()
+        self.assert_made()
+
+    def test_a_newer_image_replaces_the_one_in_the_cache(self) -> None:
+        self.create()
+        self.mirror.files["/cloud.img"] = newer = empty_qcow2(2 << 30) + b"newer"
+        self.publish(newer)
+        self.assertEqual(self.km("base", "create", "v0.2.0", "--image", self.mirror.url + "/cloud.img").code, 0)
+        with open(os.path.join(self.cache, "cloud.img"), "rb") as file:
+            self.assertEqual(file.read(), newer)
+
+    def test_a_file_serves_as_well_and_is_not_changed(self) -> None:
+        path = os.path.join(self.home, "my image.qcow2")
+        with open(path, "wb") as file:
+            file.write(self.image_data)
+        self.create(image="~/my image.qcow2")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), self.image_data)
+        self.assertEqual((self.states(), self.mirror.asked), ({"kodeimage-v0.1.0": "stopped"}, []))
+
+    def test_mistakes_and_misfortunes_are_explained(self) -> None:
+        other = os.path.join(self.home, "raw.img")
+        with open(other, "wb") as file:
+            file.write(bytes(1 << 20))
+        cases: tuple[tuple[list[str], int, str], ...] = (
+            (["--image", other], 1, "it is no qcow2 image"), (["--image", "/nosuch"], 1, "/nosuch: No such file"),
+            (["--image", self.mirror.url + "/none.img"], 1, "SHA256SUMS does not list none.img"),
+            (["--image", "http://127.0.0.1:1/a.img"], 1, "curl: (7)"), (["--disk", "1G"], 1, "has 2.0G already"),
+            (["--disk", "5M"], 2, "no size of a disk"), (["--user", "a b"], 2, "cannot be a user's name"),
+        )  # fmt: skip
+        for args, code, words in cases:
+            with self.subTest(words):
+                self.assert_says(self.create(*args, code=code), code, words)
+        self.assertEqual((self.states(), os.listdir(self.cache)), ({}, ["cloud.img"]))
+        self.utm.add("KODEIMAGE-v0.1.0")
+        self.assert_says(self.create(code=4), 4, "a machine KODEIMAGE-v0.1.0 already")
+
+    def test_a_full_disk_is_explained_and_leaves_nothing_in_the_way(self) -> None:
+        tool = os.path.join(self.folder, "tools", "curl")
+        real = os.readlink(tool)
+        os.unlink(tool)
+        with open(tool, "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\ntrap "" XFSZ\nulimit -f 200\nexec {real} "$@"\n')
+        os.chmod(tool, 0o755)
+        self.assert_says(self.create(code=1), 1, "getting the disk: curl: (23)")
+        os.unlink(tool)
+        os.symlink(real, tool)
+        self.create()
+        self.assert_made()
+
+    def test_interrupted_at_any_call_the_next_run_goes_on(self) -> None:
+        for verb, nth, when in (("make", 1, "before"), ("exec", 3, "after"), ("detach", 1, "after"),
+                                ("configure", 1, "after")):
+            with self.subTest(verb, when=when):
+                self.utm.fault(verb, kill_parent=when, nth=nth)
+                self.create(code=-signal.SIGKILL)
+                self.utm.clear_faults()
+                self.create()
+                self.assert_made()
+                self.assertEqual(len(self.downloads()), 1)
+                with self.utm.fake as utm:
+                    utm.remove(utm.vms[0]["uuid"])
+
+    def test_what_cloud_init_says_counts(self) -> None:
+        self.utm.fault("start", error=-2700, string="No memory.")
+        self.assert_says(self.create(code=1), 1, "booting it for the first time: unfinished-", "No memory.")
+        self.utm.clear_faults()
+        stub = os.path.join(self.utm.guest("unfinished-kodeimage-v0.1.0"), "bin", "cloud-init")
+        with open(stub, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho status: error\nexit 1\n")
+        self.assert_says(self.create(code=1), 1, "waiting for cloud-init: cloud-init failed: status: error")
+        with open(stub, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho status: done\nexit 2\n")
+        self.assert_says(self.create(), 0, "is not content: status: done")
+        self.assert_made()
 
 
 # ---- many at once
@@ -6517,7 +7691,8 @@ class MistakesTest(Case):
 class Scene(NamedTuple):
     """A command, the machines that it finds, and what it is for.
 
-    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk.
+    `fleet`: states by label, `+` behind one: all is known of it; `saved`: stopped, with a session on disk; `fork`:
+    stopped, and made by `clone`.
     `goal`: the states that were asked for, "" for none. `may`: what UTM may be asked for to get there.
     """
 
@@ -6537,6 +7712,9 @@ SCENES = {
     "spawn-paused": Scene("alpha -- true", {"alpha": "paused"}, {"alpha": "started"}, "start"),
     "spawn-running": Scene("alpha -- true", {"alpha": "started+"}, {"alpha": "started"}),
     "spawn-saved": Scene("alpha -- true", {"alpha": "saved"}, {"alpha": "started"}, "start", every=3),
+    "spawn-hook": Scene("alpha -- true", {}, {"alpha": "started"}, SPAWN, every=4),
+    "spawn-fork": Scene("alpha -- true", {"alpha": "fork"}, {"alpha": "started"}, "configure start stop", every=3),
+    "clone": Scene("clone alpha beta", {"alpha": "stopped+"}, {"beta": "stopped"}, "clone", again=(0, 4)),
     "ssh": Scene("ssh alpha -- true", {"alpha": "stopped+"}, {"alpha": "started"}, "start", every=3),
     "start-two": Scene("start -d alpha beta", {}, {"alpha": "started", "beta": "started"}, SPAWN,
                        r"(?m)\A(alpha|beta) 127\S+\n(alpha|beta) 127\S+\Z", every=4),
@@ -6550,6 +7728,11 @@ SCENES = {
                    r"127\S+", every=4),
     "list": Scene("list", {"alpha": "started"}, {}, says="(?s)(?=.*alpha ).*other "),
     "list-json": Scene("list -a --json", {"alpha": "started"}, {}, says="(?s)(?=.*km-alpha).*kodeimage"),
+    "list-ansible": Scene("list --format ansible", {"alpha": "started"}, {}, says="(?s)kodemachine_started.*km-alpha",
+                          every=3),
+    "alone": Scene("", {"alpha": "started"}, {},
+                   says=r"(?m)^(started: (alpha, )?other|the machines are not shown: .*|UTM shows no machines; .*)$"),
+    "complete": Scene("__complete -- a", {"alpha": "started"}, {}, says="(?m)^attach\t"),
     "status": Scene("status", {"alpha": "started"}, {}, says="image: +kodeimage-v0.2.0"),
     "status-one": Scene("status alpha", {"alpha": "started"}, {}, says="status: +started"),
     "ip": Scene("ip alpha", {"alpha": "started"}, {}, says=r"\A127\S+\Z"),
@@ -6571,6 +7754,7 @@ SCENES = {
                    "delete", every=2),
     "purge-all": Scene("purge --all -y", {"alpha": "saved", "beta": "paused"}, {"alpha": "", "beta": "", "other": ""},
                        "stop delete", every=4),
+    "doctor": Scene("doctor", {"alpha": "started"}, {}, says="python +Python"),
     "config": Scene("config set boot_timeout 11", {}, {}),
 }  # fmt: skip
 
@@ -6610,7 +7794,7 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"SIG{signal_name}-after", {"crash": signal_name, "when": "after"}
     for i, text in enumerate(TEXTS.get(verb, [""]), 1):
         yield f"-2700-{i}", {"error": -2700, "string": text}
-    if verb not in ("addresses", "configure"):
+    if verb not in ("addresses", "configure", "devices"):
         yield "no-app", {"no_app": True}
         for language in ("de", "ja"):
             yield f"-609-{language}", {"error": -609, "language": language}
@@ -6631,6 +7815,8 @@ def faults(verb: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # The exit statuses after a single fault, by SCENE/VERB/FAULT; the first that matches counts. Else it is got over: 0.
 EXPECTED: tuple[tuple[str, set[int]], ...] = (
+    ("(alone|complete)/.*", {0}),                               # a look that nobody has asked for
+    ("doctor/.*", {0, 1}),
     ("rm/(list|status|stop|delete)/(-1743|no-app)", {0, 5}),    # at its end there is a warning, and ssh's status
     ("rm/(stop|delete)/.*", {0}),
     ("(exec|repin)/exec/(-1743|no-app)", {5}),
@@ -6698,6 +7884,8 @@ class World(SpawnCase):
     def setUp(self) -> None:
         super().setUp()
         self.use(boot_timeout=8, clone_timeout=2.5, stop_timeout=4)
+        if self.name == "spawn-hook":
+            self.use(first_boot=KODEMACHINE)
         for tool in ("ssh", "scp"):
             with open(os.path.join(self.utm.folder, tool + ".real"), "w", encoding="utf-8") as file:
                 file.write(shutil.which("true") or "/bin/true")
@@ -6712,9 +7900,10 @@ class World(SpawnCase):
         self.utm.add("km-other", status="started", ips=["10.0.0.8"])
         records: dict[str, dict[str, Any]] = {}
         for label, word in self.scene.fleet.items():
-            status = word.replace("saved", "stopped").rstrip("+")
+            status = re.sub("saved|fork", "stopped", word).rstrip("+")
             uuid = self.utm.add("km-" + label, status=status, serials=serials, saved=word == "saved")
-            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None}
+            records[uuid] = {"name": "km-" + label, "saved": True if word == "saved" else None,
+                             "fork": True if word == "fork" else None}  # fmt: skip
             if word.endswith("+"):
                 records[uuid].update(personality=True, mac_checked=True, host_keys=[host_key()])
         self.state = os.path.join(self.home, ".local", "state", "kodemachine")
@@ -6794,7 +7983,7 @@ class World(SpawnCase):
     def assert_explained(self) -> None:
         code, _, err = self.result
         self.assertNotIn("Traceback", err)
-        if code:
+        if code and self.name != "doctor":          # whose result it is
             self.assertRegex(err, r'(?m)^kodemachine: .|^\{"error": ')
             self.assertIn(code, (1, 3, 4, 5, 6), err)
 
@@ -6817,6 +8006,8 @@ class World(SpawnCase):
                 self.assertEqual(others & set(found[0]["macs"]), set(), "it shares its address with another")
             if self.name == "suspend-save" and self.result.code == 0:
                 self.assertTrue(found[0]["saved"])
+            if self.name == "spawn-hook" and self.result.code == 0:
+                self.assertIn('"first_boot": "done"', self.read("machines.json"))
             if self.name == "start-sized":
                 self.assertEqual((found[0]["cpus"], found[0]["memory"]), (2, 2048))
 
@@ -6829,10 +8020,11 @@ class World(SpawnCase):
         new = {vm["uuid"]: vm["name"] for vm in now if vm["uuid"] not in self.before}
         self.assertEqual(sorted(set(new.values())), sorted(new.values()), "more than one clone of a label")
         self.assertLessEqual(len(new), len(self.targets) if "clone" in self.scene.may else 0)
-        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == "kodeimage-v0.2.0"]
+        base = "km-alpha" if self.name == "clone" else "kodeimage-v0.2.0"
+        bases = [uuid for uuid, vm in self.before.items() if vm["name"] == base]
         theirs = {uuid for uuid, vm in self.before.items() if vm["name"] not in self.targets}
         for call in self.utm.calls() + self.utm.calls(tool="osascript"):
-            if call["verb"] not in (*LOOKS, "addresses", "exec"):
+            if call["verb"] not in (*LOOKS, "addresses", "devices", "exec"):
                 self.assertIn(call["verb"], self.scene.may.split(), call["argv"])
                 named = set(UUID.findall(" ".join(call["argv"])))
                 self.assertEqual(len(named), 1, call["argv"])
