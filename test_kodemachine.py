@@ -4636,10 +4636,11 @@ class ListTest(FleetCase):
         self.assertIsNone(machines[IMAGE]["label"])
 
     def test_no_machines_are_an_empty_array_and_a_line_on_stderr(self) -> None:
+        self.assertIn("waiting whether it is just starting", self.km("list").err)
+        self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""), "to a program, steps say nothing")
         self.image()
         self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""))
         self.assert_says(self.km("list"), 0, "no machines yet")
-        self.assertEqual(self.km("list", "--json"), (0, "[]\n", ""), "to a program, steps say nothing")
 
     def test_it_costs_one_list_and_one_question_per_running_machine(self) -> None:
         self.fleet()
@@ -6839,11 +6840,9 @@ class TabTest(FleetCase):
         self.addCleanup(terminal.close)
         terminal.send(f'stty cols 200; eval "$(kodemachine completion {os.path.basename(argv[0])})"\r'.encode())
         for typed, completed in self.TYPED:
-            terminal.send(typed.encode() + b'\t\x01echo "<\x05>"\r')
+            terminal.send(typed.encode() + b'\tx\x01echo "<\x05>"\r')      # an x, for zsh takes a last blank back
             found = terminal.expect(rb"[\r\n](?:\x1b\[J)?<([^>\r\n]*)>\r\n").group(1).decode()
-            # What zsh puts behind a word, a blank or a slash, goes when the cursor does.
-            taken_back = argv[1] == "-f" and typed != completed
-            self.assertEqual(found, completed.rstrip(" /") if taken_back else completed)
+            self.assertEqual(found, completed + "x")
         terminal.send(b"exit\r")
         self.assertEqual(terminal.wait(), 0)
 
