@@ -31,7 +31,7 @@ uninstall: ## remove what install put there
 	$(INSTALL) --uninstall
 
 clean: ## remove what test and lint leave behind
-	rm -rf $(LINT) __pycache__
+	rm -rf .venv-* __pycache__
 
 $(LINT)/ready: Makefile
 	rm -rf $(LINT)

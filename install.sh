@@ -137,23 +137,44 @@ install() {
   # A staging folder says nothing about the machine that the program will run on.
   if [ -z "${DESTDIR:-}" ]; then
     note_path
+    note_tab
     note_missing
   fi
+}
+
+# The file below HOME in which the shell in use looks at its start.
+startup_file() {
+  case $(uname):${SHELL:-} in
+    *:*/zsh) say .zshrc ;;
+    *:*/fish) say .config/fish/config.fish ;;
+    # Terminals on macOS start login shells, which read no .bashrc.
+    Darwin:*/bash) say .bash_profile ;;
+    *:*/bash) say .bashrc ;;
+    *) say .profile ;;
+  esac
 }
 
 note_path() {
   case :$PATH: in *":$bin:"* | *":$bin/:"*) return ;; esac
   line="export PATH=\"$bin:\$PATH\""
-  case $(uname):${SHELL:-} in
-    *:*/zsh) file=.zshrc ;;
-    *:*/fish) file=.config/fish/config.fish line="fish_add_path \"$bin\"" ;;
-    # Terminals on macOS start login shells, which read no .bashrc.
-    Darwin:*/bash) file=.bash_profile ;;
-    *:*/bash) file=.bashrc ;;
-    *) file=.profile ;;
-  esac
-  say "note: $bin is not on PATH; add this line to ~/$file:"
+  case ${SHELL:-} in */fish) line="fish_add_path \"$bin\"" ;; esac
+  say "note: $bin is not on PATH; add this line to ~/$(startup_file):"
   say "  $line"
+}
+
+note_tab() {
+  shell=${SHELL:-}
+  shell=${shell##*/}
+  case $shell in
+    zsh | bash) line="eval \"\$(kodemachine completion $shell)\"" ;;
+    fish) line='kodemachine completion fish | source' ;;
+    *) return 0 ;;
+  esac
+  file=$(startup_file)
+  if ! grep -qs 'kodemachine completion' "$HOME/$file"; then
+    say "note: for completion by Tab add this line to ~/$file:"
+    say "  $line"
+  fi
 }
 
 note_missing() {

@@ -63,6 +63,7 @@ FORCE_STAGE = 15.0      # for each stage of a forced stop
 DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
 ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
 UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
+GLANCE = 2.0            # for a look at the fleet that nobody has asked for: Tab, and the first screen
 TOOL_LIMIT = 120.0      # for curl's smaller errands, qemu-img and the like
 DOWNLOAD_LIMIT = 14400.0        # for an image, as long as it comes at all: curl sees to that
 CREATE_LIMIT = 900.0    # for a new machine's first boot, and then for cloud-init, which may install the guest agent
@@ -488,16 +489,33 @@ def age_text(seconds: float | None) -> str:
     return f"{int(seconds / 86400)}d"
 
 
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes: some characters are two wide, and some stand on the one before."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def cut(text: str, room: int) -> str:
+    """As much of a text as fits into so many columns."""
+    while cells(text) > max(0, room):
+        text = text[:-1]
+    return text
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
           expendable: Sequence[str] = ()) -> str:
     """Aligned columns. If they are wider than `width`, the expendable ones go, in their order, until they fit."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
     for name in expendable:
-        if width is None or sum(max(map(len, column)) + 2 for column in columns) - 2 <= width:
+        if width is None or sum(max(map(cells, column)) + 2 for column in columns) - 2 <= width:
             break
         columns = [column for column in columns if column[0] != name]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in zip(*columns))
+    widths = [max(map(cells, column)) for column in columns]
+    return "\n".join("  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(line, widths)).rstrip()
+                     for line in zip(*columns))
 
 
 def iso_time(when: float) -> str:
@@ -590,7 +608,8 @@ def write_file(path: str, data: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         if isinstance(failure, OSError):
-            raise KodeError(f"{path} cannot be written: {failure.strerror}") from None
+            raise KodeError(f"{path} cannot be written: {failure.strerror}",
+                            "Mend that, then run the same command again: it takes up where this one ended.") from None
         raise
 
 
@@ -604,7 +623,7 @@ def make_folder(path: str) -> None:
             os.mkdir(path, 0o700)
         owner = os.stat(path).st_uid
     except OSError as failure:
-        raise KodeError(f"{path}: {failure.strerror}") from None
+        raise KodeError(f"{path}: {failure.strerror}", f"See what is there: ls -ld {shlex.quote(path)}") from None
     if owner != os.geteuid():
         raise KodeError(f"{path} belongs to another user", "Remove it, or set XDG_STATE_HOME to a folder of your own.")
 
@@ -988,7 +1007,8 @@ class Config:
                              f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS))
         wanted, test = SETTINGS[key]
         if value is not None and not test(value):
-            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}")
+            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}",
+                             f"Mend it there, or: kodemachine config set {key} VALUE ('' for the default)")
 
     def settings(self) -> Settings:
         """The file's values over the defaults, with `~` expanded in paths."""
@@ -1149,7 +1169,7 @@ class Utmctl:
             usable = [place for place in map(os.path.expanduser, filter(None, places))
                       if os.path.isfile(place) and os.access(place, os.X_OK)]
             if not usable and program not in ("utmctl", "osascript"):
-                raise KodeError(f"there is no {program} on PATH")
+                raise KodeError(f"there is no {program} on PATH", "Install it, then run the same command again.")
             if not usable:
                 where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
                 raise Unreachable(
@@ -1170,7 +1190,8 @@ class Utmctl:
                 call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
                 self._calls.add(call)
         except OSError as failure:
-            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}") from None
+            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}",
+                              "If it is not UTM's own: kodemachine config set utmctl PATH") from None
         if self._closed:
             call.end()
             raise Interrupted(signal.SIGTERM)
@@ -1272,6 +1293,20 @@ class Utmctl:
             "Is UTM asking something on the screen? Do not "
             "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."),
         )
+
+    def glimpse(self, limit: float) -> list[Row]:
+        """What one list tells within `limit` seconds, believed as it is: for looking, never for acting.
+
+        Raises Unreachable or TimedOut.
+        """
+        reply = self.insist(self.call("list", limit=limit))
+        rows, sound = parse_list(reply.out)
+        if reply.outcome is Outcome.HUNG:
+            raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow. See: kodemachine list")
+        if not rows and not (sound and reply.outcome is Outcome.DONE):
+            number = f" ({reply.numbers[-1]})" if reply.numbers else ""
+            raise Unreachable(f"UTM gave no list{number}", "It may only be starting. See: kodemachine list")
+        return rows
 
     def close(self) -> None:
         """Ends whatever is still under way; used once, on the way out."""
@@ -1498,7 +1533,7 @@ class VM:
         self.power = Power(reply.out.strip()) if reply.outcome is Outcome.DONE else Power.UNKNOWN
         self._lost = self._lost + 1 if reply.outcome is Outcome.MISSING else 0
         if self._lost and self._lost % 3 == 0 and self.uuid not in {row.uuid for row in self._utm.rows()}:
-            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile")
+            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile", "See what is there: kodemachine list")
         return self.power
 
     def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
@@ -1668,7 +1703,8 @@ class VM:
         for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
             power = self.status()
             if power is Power.STOPPED:
-                raise WrongState(f"{self.name} is stopped, there is nothing to suspend")
+                raise WrongState(f"{self.name} is stopped, there is nothing to suspend",
+                                 f"Start it: kodemachine start -d {self.name}")
             if power is Power.PAUSED and (not save or (asked and asked.outcome is Outcome.DONE)):
                 return
             if power is Power.PAUSED and not asked:
@@ -1684,11 +1720,13 @@ class VM:
                                f"It goes on with: kodemachine resume {self.name}")
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
-                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}")
+                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}",
+                                    f"It still runs. To shut it down instead: kodemachine stop {self.name}")
                 repeated = asked is not None
                 asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
                 again_at = time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})")
+        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})",
+                       f"See what became of it: kodemachine status {self.name}")
 
     def delete(self, limit: float) -> None:
         """Deletes a stopped machine, which utmctl does unasked (contract 1.2); returns when a clean list lacks it.
@@ -1702,7 +1740,8 @@ class VM:
             if row is None:
                 return
             if row.name != self.name:
-                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted")
+                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted",
+                                 "See what is there: kodemachine list -a")
             if row.power is Power.UNKNOWN or time.monotonic() < again_at:
                 continue
             if row.power is not Power.STOPPED:
@@ -1756,7 +1795,8 @@ class VM:
             return int(code), out, said
         self._utm.insist(reply)
         if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
-            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known")
+            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known",
+                            f"Look in the machine: kodemachine ssh {self.name}")
         much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
         raise KodeError(f"the guest agent of {self.name} did not confirm that the command was run: "
                         f"{printable(reply.sentence) or reply.outcome.value}",
@@ -1774,7 +1814,8 @@ class VM:
         if match:
             return match.group(1)
         if reply.outcome is Outcome.FAILED:
-            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}")
+            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}",
+                            f"Is it still running? See: kodemachine status {self.name}")
         if reply.outcome is not Outcome.DONE:
             raise TimedOut(f"UTM does not tell the serial port of {self.name} ({reply.outcome.value})",
                            "Is it busy? Look at UTM's window, then try again.")
@@ -2486,7 +2527,8 @@ class Manager:
                     return
                 if reply.outcome is Outcome.FAILED:
                     break
-            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}")
+            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}",
+                            "Rename it in UTM, or run the same command again.")
 
     def is_first_image(self, vm: VM) -> bool:
         """Whether there is no other image, and none is configured."""
@@ -2561,7 +2603,8 @@ class Manager:
         if vm.power is Power.PAUSED and not save:
             return "is suspended already"
         if save and self.record_of(vm.uuid).get("disposable"):
-            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk")
+            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk",
+                             f"To memory it can: kodemachine suspend {label}")
         before = self.record_of(vm.uuid).get("saved")
         if save:
             self.state.record(vm.uuid, name=vm.name, saved=True)    # already now: should we be cut off, it may be
@@ -2599,7 +2642,8 @@ class Manager:
             rows = self.utm.rows()
             ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
             if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
-                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted")
+                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted",
+                                 "See what is there: kodemachine list -a")
             vm.delete(LIMITS["delete"])
             Intent(self.state, vm.name).remove()
             self.state.forget(vm.name, {row.uuid for row in rows} - {vm.uuid})
@@ -3103,14 +3147,16 @@ class Creator:
         sums = self._run("curl", *CURL, "--url", f"{folder}/SHA256SUMS")
         found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
         if not found:
-            raise KodeError(f"{folder}/SHA256SUMS does not list {name}")
+            raise KodeError(f"{folder}/SHA256SUMS does not list {name}",
+                            "Download and check it yourself, then name the file: --image FILE")
         if self._digest(target) == found[1]:
             return target
         if self._digest(part) != found[1]:
             self._fetch(url, part)
             if self._digest(part) != found[1]:
                 os.unlink(part)
-                raise KodeError(f"{name} is not what {folder}/SHA256SUMS promises, and was removed")
+                raise KodeError(f"{name} is not what {folder}/SHA256SUMS promises, and was removed",
+                                "It may have been replaced there just now: run the same command again.")
         os.replace(part, target)
         return target
 
@@ -3206,7 +3252,8 @@ class Creator:
                 return
             if reply.outcome is Outcome.FAILED:
                 break
-        raise KodeError(f"UTM did not take the seed out of {vm.name}: {printable(reply.sentence)}")
+        raise KodeError(f"UTM did not take the seed out of {vm.name}: {printable(reply.sentence)}",
+                        "Look at it in UTM's window, then run the same command again.")
 
 
 # ---- doctor
@@ -3556,7 +3603,8 @@ def open_line(port: str) -> int:
                 connection.setblocking(False)
                 return os.dup(connection.fileno())
         except (OSError, ValueError, OverflowError) as failure:
-            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}") from None
+            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}",
+                            "Is another program connected to it? A TCP port takes one at a time.") from None
     import termios
     import tty
 
@@ -3695,10 +3743,12 @@ class Out(Notes):
         assert self._step
         text, began = self._step
         elapsed = time.monotonic() - began
-        if elapsed >= 0.95:
-            text += "  " + " ".join(filter(None, (self._progress, f"{elapsed:.0f} s")))
-        with contextlib.suppress(OSError):
-            text = text[:max(10, os.get_terminal_size(2).columns - 1)]
+        clock = "  " + " ".join(filter(None, (self._progress, f"{elapsed:.0f} s"))) if elapsed >= 0.95 else ""
+        if not end:             # a line that is alive must not wrap: only one row of it can be painted over
+            with contextlib.suppress(OSError):
+                room = os.get_terminal_size(2).columns or 80        # 0: nobody has told the terminal its size
+                text = cut(text, room - 1 - cells(clock))
+        text += clock
         self._painted = time.monotonic()
         self._err("\r\x1b[K" + (f"\x1b[2m{text}\x1b[0m" if self._colour and end else text), end)
 
@@ -3764,7 +3814,7 @@ class Out(Notes):
             raise
         except OSError as failure:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the flush at exit fails once more
-            raise KodeError(f"the output cannot be written: {failure.strerror}") from None
+            raise KodeError(f"the output cannot be written: {failure.strerror}", "Mend that, then try again.") from None
 
     def result(self, text: str) -> None:
         """A result."""
@@ -3838,24 +3888,41 @@ class Command(NamedTuple):
     options: tuple[Option, ...]
     aliases: tuple[str, ...]
     hidden: bool
+    examples: tuple[str, ...]       # command lines, without the program's name
 
 
 COMMANDS: dict[str, Command] = {}      # "base seal" is the command `seal` of the group `base`
 GROUPS = {"base": "golden images: show, choose, seal and create them"}
 
 
-def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False) -> \
+# The headings of the help, and the commands below them; those that stand nowhere come last.
+TOPICS = {"work in a machine": "start ssh exec cp attach", "see what there is": "list status ip doctor",
+          "turn off, keep, clear away": "stop suspend resume clone delete purge",
+          "images, settings, other tools": "base config ssh-config completion help"}
+
+
+def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False,
+            examples: Sequence[str] = ()) -> \
         Callable[[Callable[[Context, Arguments], int]], Callable[[Context, Arguments], int]]:
     """Enters a function in the command table; the first line of its docstring is its help."""
     def enter(run: Callable[[Context, Arguments], int]) -> Callable[[Context, Arguments], int]:
-        COMMANDS[name] = Command(run, options, tuple(aliases), hidden)
+        COMMANDS[name] = Command(run, options, tuple(aliases), hidden, tuple(examples))
         return run
     return enter
 
 
 def option(*names: str, **how: Any) -> Option:
-    """One argument of a command, as argparse takes it."""
+    """One argument of a command, as argparse takes it. What the help calls its value is what Tab offers (WORDS)."""
     return names, how
+
+
+def all_names() -> set[str]:
+    """What can be explained: every command and alias, and the groups of those of two words."""
+    names = set(GROUPS) & {name.partition(" ")[0] for name in COMMANDS}
+    for name, entry in COMMANDS.items():
+        group, blank, _ = name.rpartition(" ")
+        names |= {name, *(group + blank + alias for alias in entry.aliases)}
+    return names
 
 
 def seconds(text: str) -> float:
@@ -3913,7 +3980,7 @@ def lend_terminal(argv: Sequence[str], stdin: int | None = None, stdout: int | N
         child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
         code = child.wait()
     except FileNotFoundError:
-        raise KodeError(f"there is no {argv[0]} on PATH") from None
+        raise KodeError(f"there is no {argv[0]} on PATH", "Install the OpenSSH client.") from None
     except BaseException:
         if child:
             child.terminate()
@@ -3989,7 +4056,7 @@ def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda ro
     """The labels on the command line, each once, or those of all fitting clones with --all. Raises UsageError."""
     manager = ctx.manager
     if opts.all and opts.labels:
-        raise UsageError("either labels or --all, not both")
+        raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.command}")
     if opts.all:
         return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows()) if fit(row)]
     if not opts.labels:
@@ -4000,9 +4067,11 @@ def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda ro
 def wishes_of(opts: Arguments) -> Wishes:
     """What the options of `start` ask for. Raises UsageError for those that exclude each other."""
     if opts.rm and opts.detach:
-        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine")
+        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine",
+                         "To keep it, without --rm: kodemachine start -d LABEL")
     if opts.rm and opts.fresh:
-        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself")
+        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself",
+                         "To delete it first: kodemachine delete --force LABEL")
     if opts.detach and opts.rest is not None:
         raise UsageError("--detach and a command exclude each other",
                          "Start it first, then: kodemachine LABEL -- command")
@@ -4019,7 +4088,8 @@ def wishes_of(opts: Arguments) -> Wishes:
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),
          option("--gui", action="store_true", help="do not hide UTM"),
-         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"))
+         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
+         examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
@@ -4033,7 +4103,8 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
     if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
-        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on")
+        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on",
+                         "Add -y, or name one label at a time.")
     if len(labels) > 1:
         return start_several(ctx, labels, wishes, opts)
     if opts.rm:
@@ -4134,7 +4205,8 @@ def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
     """--repin: reads the host keys anew through the guest agent, which no network can forge, shows them, and asks."""
     told = ctx.manager.read_guest(vm, label, needed=True)
     if not told or not told[0]:
-        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed")
+        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed",
+                        f"Does it run there? Look at its console: kodemachine attach {label}")
     old = ctx.manager.record_of(vm.uuid).get("host_keys") or []
     if old == told[0]:
         return ctx.out.note(f"the host keys of {vm.name} are the pinned ones")
@@ -4177,7 +4249,8 @@ def throw_out(ctx: Context, vm: VM, label: str) -> None:
 
 
 @command("ssh", LABEL_ARG, option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
-         option("--gui", action="store_true", help="do not hide UTM"))
+         option("--gui", action="store_true", help="do not hide UTM"),
+         examples=["ssh project-alpha", "ssh project-alpha -- tail -f /var/log/syslog"])
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     """start if needed and connect, or run what follows --, but never clone"""
     label = ctx.manager.label(opts.label)
@@ -4187,7 +4260,8 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
         hand_over(ctx, vm, ctx.manager.bring_up(vm, label, wishes, call), opts)
 
 
-@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"))
+@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"),
+         examples=["exec project-alpha -- ip addr", "exec project-alpha --input -- tee /etc/motd"])
 def cmd_exec(ctx: Context, opts: Arguments) -> int:
     """run what follows -- as root through the guest agent, without network or ssh"""
     if not opts.rest:
@@ -4204,7 +4278,8 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     return code
 
 
-@command("clone", LABEL_ARG, option("new", help="the label of the copy"))
+@command("clone", LABEL_ARG, option("new", help="the label of the copy"),
+         examples=["clone project-alpha project-beta"])
 def cmd_clone(ctx: Context, opts: Arguments) -> int:
     """copy a stopped machine as it is, to one of another label"""
     label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
@@ -4218,7 +4293,8 @@ def cmd_clone(ctx: Context, opts: Arguments) -> int:
 
 
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
-         option("-r", action="store_true", dest="recursive", help="whole folders"))
+         option("-r", action="store_true", dest="recursive", help="whole folders"),
+         examples=["cp notes.txt project-alpha:", "cp -r project-alpha:results ."])
 def cmd_cp(ctx: Context, opts: Arguments) -> int:
     """copy files to, from and between running machines"""
     if len(opts.paths) < 2:
@@ -4239,7 +4315,8 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.name_options()), "--", *operands])
 
 
-@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"))
+@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
+         examples=["ssh-config --install"])
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """what lets ssh, scp, rsync, git and editors use machines by name"""
     options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.name_options().items())
@@ -4254,7 +4331,7 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     try:
         before = read_text(theirs) or ""
     except OSError as failure:
-        raise KodeError(f"{theirs}: {failure.strerror}") from None
+        raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
     write_file(ours, stanza)
     if include not in before.splitlines():
         if before:
@@ -4271,14 +4348,15 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
     label = ctx.manager.label_of(opts.name)
     if label is None:
-        raise NotFound(f"{printable(opts.name)} is no machine's name")
+        raise NotFound(f"{printable(opts.name)} is no machine's name", "See what is there: kodemachine list")
     ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
     try:
         connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
     except OSError as failure:
-        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}") from None
+        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}",
+                        f"Look at its console: kodemachine attach {label}") from None
     with connection:
         connection.setblocking(True)
         if stat.S_ISSOCK(os.fstat(1).st_mode):      # ProxyUseFdpass: ssh takes the socket itself
@@ -4293,13 +4371,18 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
+         option("--format", choices=["ansible"], help="an inventory for Ansible, by the machines' names"),
          option("-q", action="store_true", dest="labels_only", help="labels only"),
-         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"])
+         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"],
+         examples=["list", "list -a --json", "list --format ansible"])
 def cmd_list(ctx: Context, opts: Arguments) -> int:
     """the machines, their state, address and size"""
     manager, out = ctx.manager, ctx.out
     rows = manager.utm.rows(tolerant=True)
     shown = list(rows) if opts.all else manager.clones(rows)
+    if opts.format:
+        out.json(inventory(manager, manager.clones(rows)))
+        return 0
     if opts.labels_only:
         for row in shown:
             out.result(manager.label_of(row.name) or row.name)
@@ -4312,6 +4395,18 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
     else:
         out.note("no machines yet; make one: kodemachine project-alpha")
     return 0
+
+
+def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
+    """An Ansible inventory of clones in groups by state. All stands below a group of ours: beside other inventories
+    nothing of it reaches their hosts. Ansible shares its connections itself, so that is left to it."""
+    options = {key: value for key, value in manager.name_options().items() if not key.startswith("Control")}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for machine in manager.survey(rows, ip=False, disk=False):
+        hosts = groups.setdefault(f"kodemachine_{machine.status}", {"hosts": {}})["hosts"]
+        hosts[machine.name] = {"kodemachine_label": machine.label, "kodemachine_image": machine.image}
+    shared = {"ansible_ssh_common_args": shlex.join(as_words(options))}
+    return {"all": {"children": {"kodemachine": {"vars": shared, "children": groups}}}}
 
 
 def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
@@ -4330,7 +4425,8 @@ def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]
     return table(header, safe, ctx.out.width, ("MEMORY", "SIZE", "AGE", "FREES", "IMAGE", "IP"))
 
 
-@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON, aliases=["info"])
+@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON,
+         aliases=["info"], examples=["status", "status project-alpha"])
 def cmd_status(ctx: Context, opts: Arguments) -> int:
     """one machine in full, or the installation at a glance"""
     facts = machine_facts(ctx, opts.label) if opts.label else installation_facts(ctx)
@@ -4380,7 +4476,8 @@ def installation_facts(ctx: Context) -> dict[str, Any]:
 
 
 @command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest tells"),
-         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"))
+         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"),
+         examples=["ip project-alpha", "ip project-alpha --wait 60"])
 def cmd_ip(ctx: Context, opts: Arguments) -> int:
     """the address that answers, alone on stdout"""
     vm = ctx.manager.find(ctx.manager.label(opts.label))
@@ -4390,7 +4487,8 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     if opts.all:
         addresses = vm.addresses()
         if not addresses:
-            raise KodeError(f"the guest agent of {vm.name} tells no address")
+            raise KodeError(f"the guest agent of {vm.name} tells no address",
+                            f"While it boots, wait: kodemachine ip --wait 60 {vm.name}")
         ctx.out.result("\n".join(addresses))
     else:
         ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0))
@@ -4400,7 +4498,8 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
 @command("attach", LABEL_ARG, option("--index", type=int, metavar="N", help="the N-th serial port, from 0"),
          option("--log", metavar="FILE", help="also append what the guest says to FILE"),
          option("--escape", default="ctrl-]", metavar="KEY", help="the key that leaves, or none (ctrl-])"),
-         option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"))
+         option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"),
+         examples=["attach project-alpha", "attach project-alpha --log boot.log"])
 def cmd_attach(ctx: Context, opts: Arguments) -> int:
     """a direct serial pipe to the guest, for when the network fails"""
     escape = escape_byte(opts.escape)
@@ -4431,7 +4530,7 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
     try:
         log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
     except OSError as failure:
-        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}") from None
+        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     console = Console(line, 0, 1, escape if person else b"", log)
     deadline = time.monotonic() + opts.timeout if opts.timeout and not person else None
     try:
@@ -4449,7 +4548,8 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
 
 @command("stop", LABELS, ALL, option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has"),
          option("-f", "--force", action="store_true", help="do not ask the guest"),
-         option("--kill", action="store_true", help="end the machine's process"))
+         option("--kill", action="store_true", help="end the machine's process"),
+         examples=["stop project-alpha", "stop --all -t 120", "stop --force project-alpha"])
 def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
     def stop(label: str) -> str:
@@ -4462,7 +4562,8 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
     return each(ctx, labels, stop, ctx.out.note) if labels else 0
 
 
-@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"))
+@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"),
+         examples=["suspend project-alpha", "suspend --all --save"])
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     """pause to memory, or to disk"""
     def suspend(label: str) -> str:
@@ -4472,7 +4573,7 @@ def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     return each(ctx, labels, suspend, ctx.out.note) if labels else 0
 
 
-@command("resume", LABELS, ALL)
+@command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
     """let a suspended machine go on"""
     def resume(label: str) -> str:
@@ -4484,7 +4585,7 @@ def cmd_resume(ctx: Context, opts: Arguments) -> int:
 
 
 @command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"),
-         aliases=["rm"])
+         aliases=["rm"], examples=["delete project-alpha", "delete --force project-alpha project-beta"])
 def cmd_delete(ctx: Context, opts: Arguments) -> int:
     """delete machines, and say what that freed"""
     def delete(label: str) -> str:
@@ -4498,14 +4599,20 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
          option("--all", action="store_true", help="running, paused and saved ones too"),
          option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
-         option("--image", metavar="NAME", help="cloned from this image"),
-         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, aliases=["prune"])
+         option("--image", metavar="IMAGE", help="cloned from this image"),
+         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, JSON, aliases=["prune"],
+         examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
     """delete many machines, after showing which and what they free"""
     if opts.all and opts.stopped:
-        raise UsageError("either --stopped or --all, not both")
+        raise UsageError("either --stopped or --all, not both", "See what would go: kodemachine purge --all --dry-run")
+    if opts.as_json and not opts.dry_run:
+        raise UsageError("--json shows what would go, with --dry-run", "So: kodemachine purge --dry-run --json")
     manager, out = ctx.manager, ctx.out
     rows, left_in_between = purgeable(ctx, opts)
+    if opts.as_json:
+        out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
+        return 4 if left_in_between else 0
     if not rows:
         if not opts.dry_run:
             manager.tidy()
@@ -4608,7 +4715,7 @@ def disk_size(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of a disk, such as 64G")
 
 
-@command("base list", JSON)
+@command("base list", JSON, examples=["base list"])
 def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     """the images, which one new machines come from, and how many were cloned from each"""
     manager = ctx.manager
@@ -4633,7 +4740,8 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("base use", option("image", metavar="NAME", help="the image's name in UTM, or its UUID"))
+@command("base use", option("image", metavar="IMAGE", help="the image's name in UTM, or its UUID"),
+         examples=["base use kodeimage-v0.2.0"])
 def cmd_base_use(ctx: Context, opts: Arguments) -> int:
     """choose the image that new machines come from"""
     with ctx.manager.fleet():
@@ -4648,7 +4756,8 @@ def cmd_base_use(ctx: Context, opts: Arguments) -> int:
          option("--disk", type=disk_size, default=64 << 30, metavar="SIZE", help="of the virtual disk (64G)"),
          option("--cpus", type=count, default=4, metavar="N", help="of a machine made from it (4)"),
          option("--memory", type=mebibytes, default=4096, metavar="SIZE", help="likewise (4G)"),
-         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"))
+         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"),
+         examples=["base create v0.1.0", "base create v0.1.0 --disk 128G --memory 8G"])
 def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     """make an image from nothing: download a cloud image, check it, set it up, seal it"""
     manager = ctx.manager
@@ -4674,7 +4783,8 @@ def step_table(steps: Sequence[Step]) -> str:
 
 @command("base seal", option("vm", help="its name or UUID in UTM, or its label"),
          option("--as", dest="image", type=version, metavar="vX.Y.Z", help="then copy it to the image of that version"),
-         option("--check", action="store_true", help="only show what would change"), YES)
+         option("--check", action="store_true", help="only show what would change"), YES,
+         examples=["base seal --check project-alpha", "base seal project-alpha --as v0.2.0"])
 def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
     """make a machine fit for an image: it forgets who it is, and shuts down"""
     manager, out = ctx.manager, ctx.out
@@ -4715,7 +4825,7 @@ def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
     return True
 
 
-@command("doctor", JSON)
+@command("doctor", JSON, examples=["doctor"])
 def cmd_doctor(ctx: Context, opts: Arguments) -> int:
     """check the host, UTM, the image and the machines; each finding with its remedy"""
     signs = {OK: "ok", WARNING: "!", ERROR: "x", SKIPPED: "-"}
@@ -4736,7 +4846,8 @@ def cmd_doctor(ctx: Context, opts: Arguments) -> int:
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
-         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"))
+         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"), JSON,
+         examples=["config", "config set ssh_user me", "config get base_image"])
 def cmd_config(ctx: Context, opts: Arguments) -> int:
     """show or change the configuration"""
     if opts.action == "path":
@@ -4750,6 +4861,9 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
         values = ctx.manager.settings._asdict()
         if opts.key and opts.key not in values:
             raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
+        if opts.as_json:
+            ctx.out.json(values[opts.key] if opts.key else values)
+            return 0
         for key in [opts.key] if opts.key else values:
             value = values[key]
             text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
@@ -4757,12 +4871,194 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("help", option("topic", nargs="*", metavar="command", help="the command to explain"))
+# Each asks the program itself, so that there is nothing in them to go stale. Bash: also the 3.2 of macOS, which
+# has neither compopt nor mapfile; so each word brings the blank that ends it.
+COMPLETIONS = {"bash": r"""# for ~/.bashrc: eval "$(kodemachine completion bash)"
+_kodemachine() {
+  local line=${COMP_LINE:0:COMP_POINT} word found end
+  local -a words
+  read -r -a words <<<"$line"
+  [[ $line != *[[:blank:]] ]] || words[${#words[@]}]=
+  word=${words[${#words[@]} - 1]}
+  COMPREPLY=()
+  while IFS=$'\t' read -r found _; do
+    if [[ $found == / ]]; then
+      while IFS= read -r found; do
+        end=' '
+        [[ ! -d ${found/#\~/$HOME} ]] || end=/
+        [[ $found == '~'* ]] || printf -v found %q "$found"
+        COMPREPLY[${#COMPREPLY[@]}]=$found$end
+      done < <(compgen -f -- "$word")
+    elif [[ $found == "$word"* ]]; then
+      [[ $found == *: ]] || found+=' '
+      COMPREPLY[${#COMPREPLY[@]}]=$found
+    fi
+  done < <(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)
+}
+complete -o nospace -F _kodemachine kodemachine
+""", "zsh": r"""#compdef kodemachine
+# for ~/.zshrc: eval "$(kodemachine completion zsh)"
+_kodemachine() {
+  local line word files=1 found=1
+  local -a whole open
+  for line in "${(@f)$(kodemachine __complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX" 2>/dev/null)}"; do
+    word=${line%%$'\t'*}
+    case $word in
+      '') ;;
+      /) files=0 ;;
+      *:) open+=("$word") ;;
+      *) whole+=("${word//:/\\:}:${line#*$'\t'}") ;;
+    esac
+  done
+  (( ! $#whole )) || { _describe kodemachine whole && found=0 }
+  (( ! $#open )) || { compadd -S '' -a open && found=0 }
+  (( files )) || { _files && found=0 }
+  return found
+}
+if [[ $funcstack[1] == _kodemachine ]]; then
+  _kodemachine "$@"
+else
+  (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+  compdef _kodemachine kodemachine
+fi
+""", "fish": r"""# for ~/.config/fish/config.fish: kodemachine completion fish | source
+function __kodemachine
+    set -l words (commandline -opc) (commandline -ct)
+    for line in (kodemachine __complete -- $words[2..-1] 2>/dev/null)
+        if string match -q '/*' -- $line
+            complete -C "'' "(commandline -ct)
+        else
+            printf '%s\n' $line
+        end
+    end
+end
+complete -c kodemachine -f -a '(__kodemachine)'
+"""}
+
+
+@command("completion", option("shell", choices=list(COMPLETIONS), help="your shell"),
+         examples=["completion zsh"])
+def cmd_completion(ctx: Context, opts: Arguments) -> int:
+    """what lets the shell complete commands, labels and images"""
+    ctx.out.result(COMPLETIONS[opts.shell].rstrip("\n"))
+    return 0
+
+
+@command("__complete", hidden=True)
+def cmd_complete(ctx: Context, opts: Arguments) -> int:
+    """for the shells: what may stand in place of the last of the words behind --, one a line, and / for files"""
+    *before, word = opts.rest or [""]
+    words, rest, _ = split_command_line(before)
+    found = {"/": ""} if rest is not None else fitting(ctx, words, word)
+    lines = [f"{text}\t{explanation}\n" for text, explanation in found.items() if text not in before]
+    ctx.out.raw("".join(lines).encode())
+    return 0
+
+
+def fitting(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
+    """What may stand behind `words` where `word` was begun, each with its explanation."""
+    parser, place = next_place(words)
+    if word.startswith("-") and not (place and place.option_strings):
+        return {name: str(action.help) for action in parser._actions for name in action.option_strings}
+    if place is None:
+        return {}
+    if isinstance(place, argparse._SubParsersAction):
+        labels = known_machines(ctx) if place.dest == "command" else {}     # a bare label stands where commands do
+        return {**{str(entry.dest): str(entry.help) for entry in place._get_subactions()}, **labels}
+    if place.choices is not None:
+        return dict.fromkeys(place.choices, "")
+    found: dict[str, str] = {}
+    for kind in str(place.metavar or place.dest).lower().split("|"):
+        found.update(WORDS[kind](ctx, words) if kind in WORDS else {})
+    return found
+
+
+def next_place(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Action | None]:
+    """The parser that reads what follows `words`, and the argument that it would be, if there is one."""
+    parser: argparse.ArgumentParser = build_parser()
+    operands = [action for action in parser._actions if not action.option_strings]
+    option: argparse.Action | None = None       # whose value comes next
+    for word in words:
+        if option:
+            option = None
+        elif word.startswith("-"):
+            named = parser._option_string_actions.get(word)
+            option = named if named and named.nargs != 0 else None
+        elif operands and isinstance(operands[0], argparse._SubParsersAction):
+            parser = operands[0].choices.get(word, Parser())
+            operands = [action for action in parser._actions if not action.option_strings]
+        elif operands and operands[0].nargs not in ("*", "+"):
+            operands.pop(0)
+    return parser, option or next(iter(operands), None)
+
+
+def glimpse(ctx: Context) -> tuple[Manager, list[Row]]:
+    """One look at the fleet that costs at most GLANCE seconds and says nothing of its own. Raises KodeError."""
+    settings, silent = ctx.config.settings(), Notes()
+    utm = Utmctl(settings.utmctl, ctx.interrupts, silent)
+    try:
+        return Manager(settings, utm, State(state_folder(), silent)), utm.glimpse(GLANCE)
+    finally:
+        utm.close()
+
+
+def known_machines(ctx: Context, ending: str = "", *, images: bool = False) -> dict[str, str]:
+    """The labels, or the images, each with its state; none if UTM does not tell."""
+    with contextlib.suppress(KodeError):
+        manager, rows = glimpse(ctx)
+        if images:
+            return {printable(row.name): row.power.value for row in manager.images(rows)}
+        return {f"{manager.label_of(row.name)}{ending}": row.power.value for row in manager.clones(rows)}
+    return {}
+
+
+def known_commands(words: Sequence[str]) -> dict[str, str]:
+    """The next word of the commands that begin with `words`."""
+    start = " ".join([*words, ""])
+    return {name[len(start):].partition(" ")[0]: "" for name, entry in COMMANDS.items()
+            if not entry.hidden and name.startswith(start)}
+
+
+# What Tab offers for a value, by the word that the help has for it; behind `words`.
+WORDS: dict[str, Callable[[Context, Sequence[str]], dict[str, str]]] = {
+    "label": lambda ctx, words: known_machines(ctx),
+    "vm": lambda ctx, words: known_machines(ctx),
+    "image": lambda ctx, words: known_machines(ctx, images=True),
+    "path": lambda ctx, words: {**known_machines(ctx, ":"), "/": ""},
+    "file": lambda ctx, words: {"/": ""},
+    "key": lambda ctx, words: {key: wanted for key, (wanted, _) in SETTINGS.items()},
+    "command": lambda ctx, words: known_commands(words[1:]),
+}
+
+
+def welcome(ctx: Context, opts: Arguments) -> int:
+    """What `kodemachine` alone says: the five lines that one needs, and the fleet at a glance."""
+    lines = ["", "All commands: kodemachine help"]
+    try:
+        manager, rows = glimpse(ctx)
+        states: dict[str, list[str]] = {}
+        for row in manager.clones(rows):
+            states.setdefault(row.power.value, []).append(str(manager.label_of(row.name)))
+        lines[:0] = [f"{state + ':':8} {', '.join(sorted(labels))}" for state, labels in sorted(states.items())]
+        if not rows:            # an installation that is new
+            lines.insert(0, "UTM shows no machines; unless it has only just started: kodemachine base create v0.1.0")
+        elif not states:
+            manager.base(rows, None)
+            lines.insert(0, "no machines yet; the first of these lines makes one")
+    except NotFound as failure:
+        lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
+    except KodeError as failure:
+        lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine list")
+    ctx.out.result("\n".join([TITLE, "", *(f"  {line}" for line in EPILOG.splitlines()), "", *lines]))
+    return 0
+
+
+@command("help", option("topic", nargs="*", metavar="command", help="the command to explain"),
+         examples=["help", "help stop"])
 def cmd_help(ctx: Context, opts: Arguments) -> int:
     """this help, or that of one command"""
     topic = " ".join(opts.topic)
-    if topic and topic not in {*GROUPS, *(name for command, entry in COMMANDS.items()
-                                          for name in (command, *entry.aliases))}:
+    if topic and topic not in all_names():
         near = near_command(topic)
         raise UsageError(f"there is no command {printable(topic)}" + (f"; did you mean {near!r}?" if near else ""),
                          "See: kodemachine help")
@@ -4775,6 +5071,8 @@ def cmd_help(ctx: Context, opts: Arguments) -> int:
 USAGE = """\
 kodemachine [-v | -q] [--config FILE] <label> [options] [-- command ...]
        kodemachine [-v | -q] [--config FILE] <command> ..."""
+TAKES_REST = ("start", "ssh", "exec", "__complete")      # commands that have a use for what stands behind --
+TITLE = "A fresh, isolated Linux machine in seconds, from a golden image in UTM."
 EPILOG = """\
 kodemachine project-alpha              a shell in a machine of its own, made if it is missing
 kodemachine project-alpha -- make      run one command there
@@ -4792,20 +5090,34 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
 
 
+def overview() -> str:
+    """The commands by what they are for."""
+    texts = {name.partition(" ")[0]: (entry.run.__doc__ or "").splitlines()[0]
+             for name, entry in COMMANDS.items() if not entry.hidden}
+    texts.update((name, text) for name, text in GROUPS.items() if name in texts)
+    placed = " ".join(TOPICS.values()).split()
+    topics = {**TOPICS, "more": " ".join(word for word in texts if word not in placed)}
+    return "\n\n".join(
+        "\n".join([f"{topic}:", *(f"  {word:11} {texts[word]}" for word in words.split() if word in texts)])
+        for topic, words in topics.items() if words)
+
+
 def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
     """The parser of everything before the first `--`, from the command table; of the commands only those that `words`
     name, since each costs time, unless they ask for help. No I/O."""
-    parser = Parser(prog="kodemachine", usage=USAGE, epilog=EPILOG, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="A fresh, isolated Linux machine in seconds, from a golden image in UTM.")
+    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, **form)
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="show each call to UTM")
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--config", metavar="FILE", help="another configuration file")
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
-    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine")
+    parser.set_defaults(run=welcome)
+    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine",
+                                help=argparse.SUPPRESS)         # the epilog has them, by topic
     places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
     helping = not {"-h", "--help"}.isdisjoint(words)
+    parser.epilog = f"{overview()}\n\n{EPILOG}" if helping else None
     for name, entry in COMMANDS.items():
         if not helping and {name.partition(" ")[0], *entry.aliases}.isdisjoint(words):
             continue
@@ -4813,10 +5125,12 @@ def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
         listed: dict[str, Any] = {} if entry.hidden else {"help": text}
         group, _, word = name.rpartition(" ")
         if group not in places:
-            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], allow_abbrev=False)
-            places[group] = family.add_subparsers(metavar="command", parser_class=Parser, required=True)
-        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text, allow_abbrev=False,
-                                       **listed)
+            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], **form)
+            family.set_defaults(run=COMMANDS["help"].run, topic=[group])
+            places[group] = family.add_subparsers(metavar="command", parser_class=Parser)
+        examples = "\n  kodemachine ".join(["examples:", *entry.examples]) if entry.examples else None
+        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text,
+                                       epilog=examples, **form, **listed)
         for names, how in entry.options:
             sub.add_argument(*names, **how)
         sub.set_defaults(run=entry.run)
@@ -4829,7 +5143,7 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     if "--" in words:
         at = words.index("--")
         words, rest = words[:at], words[at + 1:]
-    known = {word for name, entry in COMMANDS.items() for word in (name.partition(" ")[0], *entry.aliases)}
+    known = {name.partition(" ")[0] for name in all_names()}
     i = 0
     while i < len(words) and words[i].startswith("-") and words[i] != "-":
         i += 2 if words[i] == "--config" else 1
@@ -4864,21 +5178,20 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     out.as_json = "--json" in words
     opts, unknown = build_parser(words).parse_known_args(words)
     opts.rest, opts.bare = rest, bare
-    out.quiet, out.verbose = opts.quiet, opts.verbose
-    takes_rest = opts.command in ("start", "ssh", "exec")
+    out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
+    takes_rest = opts.command in TAKES_REST
     if unknown:
         hint = "A command to run in the machine stands behind --. " * takes_rest
         raise UsageError(f"{opts.command or 'kodemachine'} does not take {printable(unknown[0])!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
     if rest is not None and not takes_rest:
-        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --")
-    if opts.command is None:
-        build_parser().print_help()
-        return 0
+        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --",
+                         "To run a command in a machine: kodemachine LABEL -- command")
     config = Config(os.path.abspath(opts.config) if opts.config else config_path())
     if opts.config and not os.path.exists(config.path):
-        raise UsageError(f"{config.path}: there is no such file")
-    needs_none = opts.run is cmd_help or (opts.run is cmd_config and opts.action == "path")
+        raise UsageError(f"{config.path}: there is no such file", "Write {} into it to begin with the defaults.")
+    needs_none = opts.run in (welcome, cmd_help, cmd_completion, cmd_complete) or \
+        (opts.run is cmd_config and opts.action == "path")
     settings = Settings() if needs_none else config.settings()
     utm = Utmctl(settings.utmctl, interrupts, out)
     try:
