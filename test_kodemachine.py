@@ -8064,7 +8064,8 @@ class World(SpawnCase):
                 self.assertIn(call["verb"], self.scene.may.split(), call["argv"])
                 named = set(UUID.findall(" ".join(call["argv"])))
                 self.assertEqual(len(named), int(call["verb"] != "make"), call["argv"])
-                self.assertEqual(named & theirs, theirs & set(bases) if call["verb"] == "clone" else set(), call["argv"])
+                allowed = theirs & set(bases) if call["verb"] == "clone" else set()
+                self.assertEqual(named & theirs, allowed, call["argv"])
 
     def assert_files_are_whole(self, rest: bool = False) -> None:
         """Each of our files can be read and is private; `rest`: a kill -9 may have left a file half-written."""
