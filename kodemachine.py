@@ -3102,7 +3102,8 @@ class Creator:
     @staticmethod
     def _must(program: str, reply: Reply) -> str:
         if reply.outcome is not Outcome.DONE:
-            raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})")
+            raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})",
+                            "Mend that.")
         return reply.out
 
     def _architecture(self) -> str:
@@ -3130,7 +3131,7 @@ class Creator:
             os.replace(beside, target)
         except OSError as failure:
             where = beside if failure.errno == errno.ENOSPC else failure.filename or beside
-            raise KodeError(f"{where}: {failure.strerror}") from None
+            raise KodeError(f"{where}: {failure.strerror}", "Mend that.") from None
         except ValueError as failure:
             raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
                             "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
