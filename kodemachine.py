@@ -471,11 +471,12 @@ def parse_age(text: str) -> float:
 
 def age_of(created: str | None) -> float | None:
     """Seconds since an ISO time in UTC, None if it is unknown."""
-    import calendar
+    import datetime  # strptime would load three modules more
 
     try:
-        return max(0.0, time.time() - calendar.timegm(time.strptime(created or "", ISO_TIME)))
-    except (ValueError, TypeError):
+        made = datetime.datetime.fromisoformat(str(created).replace("Z", "+00:00"))
+        return max(0.0, time.time() - made.timestamp())
+    except (ValueError, OverflowError):
         return None
 
 
@@ -1225,12 +1226,12 @@ class Utmctl:
         return self.call("osascript", "-e", text, *args)
 
     def gather(self, calls: Sequence[tuple[str, ...]], limit: float) -> list[Reply]:
-        """The replies of many calls, at most WIDTH * 2 at the same time."""
+        """The replies of many calls, at most WIDTH * 4 at the same time."""
         waiting = list(enumerate(calls))
         active: dict[int, Call] = {}
         replies: dict[int, Reply] = {}
         while waiting or active:
-            while waiting and len(active) < WIDTH * 2:
+            while waiting and len(active) < WIDTH * 4:
                 i, words = waiting.pop(0)
                 active[i] = self.begin(*words, limit=limit)
             handles = [fd for call in active.values() for fd in call.handles]
@@ -1254,8 +1255,8 @@ class Utmctl:
                               "Update UTM.")
         return reply
 
-    def rows(self, tolerant: bool = False) -> list[Row]:
-        """A clean list, asked for until it is one (contract 0, 4).
+    def rows(self, tolerant: bool = False, call: Call | None = None) -> list[Row]:
+        """A clean list, asked for until it is one (contract 0, 4). `call`: one for it that has begun already.
 
         After three answers a list counts in which only states are unknown; with `tolerant` (for looking, never
         for acting) also one with rows that cannot be read. An empty one only after WARM_UP.
@@ -1263,7 +1264,9 @@ class Utmctl:
         """
         crashes, empty_since = 0, float("inf")
         for asked, _ in enumerate(attempts(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
-            reply = self.insist(self.call("list"))
+            answer = self.finish(call or self.begin("list"))
+            assert answer
+            call, reply = None, self.insist(answer)
             listing = judge_list(reply)
             empty = listing.whole and not listing.rows
             empty_since = min(empty_since, time.monotonic()) if empty else float("inf")
@@ -1570,7 +1573,7 @@ class VM:
         The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the
         machine is off, TimedOut after `limit` seconds.
         """
-        prober, ask_at, pause = Prober(port), 0.0, 0.2
+        prober, ask_at = Prober(port), 0.0
         known: list[str] = []
         began, warned = time.monotonic(), False
         deadline, quiet = began + limit, bool(call)     # a reconnect says nothing, unless it takes long
@@ -1589,7 +1592,8 @@ class VM:
                     call = None
                     known = parse_addresses(reply.out) if reply.outcome is Outcome.DONE else known
                     prober.aim(known)
-                    ask_at, pause = time.monotonic() + pause, min(pause * 1.3, 1.0)
+                    waited = time.monotonic() - began       # an address is noticed late by a twentieth of that
+                    ask_at = began + waited + min(max(0.2, waited / 20), 1.0)
                     if reply.outcome is not Outcome.DONE:
                         self._utm.insist(reply)
                         self._must_run()
@@ -2173,7 +2177,11 @@ class Manager:
                  if record.get("name") == name and UUID.fullmatch(uuid)]
         call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
         try:
-            rows = self.utm.rows()
+            listing = self.utm.begin("list")
+            import base64  # noqa: F401 (what probe and handoff need: now, while UTM looks, it costs no time)
+            import socket  # noqa: F401
+
+            rows = self.utm.rows(call=listing)
             row = self.row_of(rows, label)
             if row is None:
                 self._may_clone(label, wishes)
@@ -2663,9 +2671,9 @@ class Manager:
         """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
         return self.state.lock(vm.name + ".session", 5.0)       # a `list` that looks holds it for a moment
 
-    def is_orphan(self, row: Row) -> bool:
-        """Whether a machine was made with --rm, and its kodemachine is no more."""
-        return bool(self.record_of(row.uuid).get("rm")) and not self.state.locked(row.name + ".session")
+    def is_orphan(self, row: Row, record: dict[str, Any]) -> bool:
+        """Whether a machine was made with --rm, as its record says, and its kodemachine is no more."""
+        return bool(record.get("rm")) and not self.state.locked(row.name + ".session")
 
 
 # ---- golden images
@@ -4412,10 +4420,10 @@ def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
 
 def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
     """The table of `list`, as wide as the terminal at most."""
-    lines = []
+    lines, records = [], ctx.manager.state.records()
     for row, machine in zip(rows, machines):
-        record = ctx.manager.record_of(row.uuid)
-        kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row),
+        record = records.get(row.uuid, {})
+        kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row, record),
                 "disposable": record.get("disposable") and row.power is not Power.STOPPED}
         marks = [mark for mark, here in kept.items() if here]
         lines.append([machine.label or machine.name, machine.status + (f" ({', '.join(marks)})" if marks else ""),
@@ -4580,8 +4588,8 @@ def cmd_resume(ctx: Context, opts: Arguments) -> int:
     def resume(label: str) -> str:
         with ctx.manager.holding(label):
             return f"{label} {ctx.manager.resume(label)}"
-    labels = chosen(ctx, opts,
-                    lambda row: row.power is Power.PAUSED or bool(ctx.manager.record_of(row.uuid).get("saved")))
+    records = ctx.manager.state.records() if opts.all else {}
+    labels = chosen(ctx, opts, lambda row: row.power is Power.PAUSED or bool(records.get(row.uuid, {}).get("saved")))
     return each(ctx, labels, resume, ctx.out.note) if labels else 0
 
 
@@ -4634,7 +4642,9 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     def purge(label: str) -> str:
         try:
             with manager.holding(label, wait=False):
-                return purge_one(ctx, states[label], force=opts.all or manager.is_orphan(states[label]))
+                row = states[label]
+                orphan = manager.is_orphan(row, manager.record_of(row.uuid))
+                return purge_one(ctx, row, force=opts.all or orphan)
         except Busy as failure:
             return f"{label} left: {failure.message}"
     status = each(ctx, list(states), purge, out.note)
@@ -4663,7 +4673,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
             in_between = True
         elif (row.power is Power.STOPPED and (opts.all or not record.get("saved"))) or \
-                (row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row))):
+                (row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row, record))):
             rows.append(row)
         elif row.power is Power.STOPPED:
             out.note(f"{row.name} left: it has a saved session (--all takes it, too)")

@@ -2715,7 +2715,7 @@ class LookTest(SpawnCase):
 
     def test_while_utm_is_starting_its_machines_are_waited_for(self) -> None:
         self.utm.add("km-alpha")
-        self.utm.option(ready_in=0.3)
+        self.utm.fault("list", empty=True, times=2)
         self.assertIn("waiting whether it is just starting", self.spawn().err)
         self.assertEqual(self.utm.calls("clone"), [])
 
@@ -4611,6 +4611,20 @@ class ListTest(FleetCase):
             ],
         )
         self.assertEqual(self.km("ls"), result)
+
+    def test_what_is_remembered_is_read_as_often_for_many_machines_as_for_one(self) -> None:
+        out = kodemachine.Out(quiet=True)
+        state = kodemachine.State(self.state, out)
+        utm: Any = types.SimpleNamespace(notes=out, gather=lambda *_, **__: [])
+        context: Any = types.SimpleNamespace(out=out, manager=kodemachine.Manager(kodemachine.Settings(), utm, state))
+        counts = []
+        for count in (1, 50):
+            rows = [kodemachine.Row(FakeUTM.new_uuid(), Power.STOPPED, f"km-m{n}") for n in range(count)]
+            with mock.patch.object(state, "records", wraps=state.records) as read:
+                machines = context.manager.survey(context.manager.clones(rows), disk=False)
+                self.assertEqual(kodemachine.machine_table(context, rows, machines).count("\n"), count)
+            counts.append(read.call_count)
+        self.assertEqual(counts[0], counts[1])
 
     def test_images_and_foreign_machines_are_shown_only_with_all(self) -> None:
         self.fleet()
