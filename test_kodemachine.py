@@ -4454,12 +4454,6 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         self.assertFalse(os.path.exists(self.path("home/bin")))
 
 
-class InstallUnderBashTest(InstallTest):
-    """The same under the shell that is /bin/sh on macOS."""
-
-    shell = shutil.which("bash") or "/bin/sh"
-
-
 class MakefileTest(unittest.TestCase):
     def make(self, *args: str) -> str:
         # MAKEFLAGS of a `make test` around us would change what is printed.
@@ -6891,17 +6885,17 @@ class ArchitectureTest(unittest.TestCase):
     def setUp(self) -> None:
         with open(KODEMACHINE, encoding="utf-8") as file:
             self.tree = ast.parse(file.read())
+        self.names: dict[str, set[str]] = {}  # dotted names, and the top-level names inside of which they are used
+        for top in self.tree.body:
+            for node in ast.walk(top):
+                if isinstance(node, (ast.Attribute, ast.Name)):
+                    place = getattr(top, "name", f"line {top.lineno}")
+                    self.names.setdefault(ast.unparse(node), set()).add(place)
 
     def users(self, *patterns: str) -> set[str]:
         """The top-level names inside of which a dotted name that matches is used."""
-        found = set()
-        for top in self.tree.body:
-            for node in ast.walk(top):
-                if isinstance(node, (ast.Attribute, ast.Name)) and any(
-                    re.fullmatch(p, ast.unparse(node)) for p in patterns
-                ):
-                    found.add(getattr(top, "name", f"line {top.lineno}"))
-        return found
+        wanted = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        return {top for name, tops in self.names.items() if wanted.fullmatch(name) for top in tops}
 
     def test_only_these_start_a_process(self) -> None:
         starting = (
@@ -8208,7 +8202,8 @@ class Stage:
         self.utm = Utm(os.path.join(folder, "utm"))
         self.utm.install(programs, "utmctl", "osascript", "ssh", "scp")
         with open(os.path.join(programs, "kodemachine"), "w", encoding="utf-8") as file:
-            file.write(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(KODEMACHINE)} "$@"\n')
+            program = f"import sys; sys.path.insert(0, {HERE!r}); import kodemachine; sys.exit(kodemachine.main())"
+            file.write(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", "-c", program])} "$@"\n')
         os.chmod(file.name, 0o755)
         hosts = [host for host in self.utm.app()["addresses"] if not Sshd.why_not_bind(host)] or ["127.0.0.1"]
         documents = os.path.join(self.home, "Documents of UTM")
@@ -8293,6 +8288,104 @@ def sandbox() -> int:
         shell = os.environ.get("SHELL", "/bin/sh")
         subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home)
         return 0
+
+
+# ---- the README
+
+
+class ReadmeTest(unittest.TestCase):
+    """What the README says is so."""
+
+    # Left to the tests of their own: they take a network, a guest with systemd, or a real ssh.
+    ELSEWHERE = ("base create", "base seal", "cp")
+    STATUS = {"kodemachine project-alpha -- \"sh -c 'exit 3'\"": 3,
+              "kodemachine project-alpha -- make test": 127,  # which is not in the fake's guests, nor is ip
+              "kodemachine exec project-alpha -- ip addr": 127}
+
+    def setUp(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+        self.blocks = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", self.text)
+        spans = re.findall(r"`(kodemachine [^`]+)`", re.sub(r"(?ms)^```.*?^```", "", self.text))
+        lines = [line.strip() for _, block in self.blocks for line in block.splitlines()]
+        lines += [line.strip() for line in self.text.splitlines() if line.startswith("    kodemachine ")]
+        typed = [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?kodemachine ", line)]
+        self.commands = [re.sub(r" {3,}#.*", "", text) for text in dict.fromkeys([*typed, *spans])]
+
+    def stage(self) -> Stage:
+        folder = tempfile.mkdtemp(prefix="kodemachine-test-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        stage = Stage(os.path.realpath(folder))
+        stage.utm.option(clone_seconds=0.0, launch_seconds=0.0)
+        stage.utm.change("kodeimage-v0.2.0", start_seconds=0.0, agent_after=0.0, request_seconds=0.0)
+        return stage
+
+    def run_in(self, stage: Stage, command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", command], env={**stage.environment, "LC_ALL": "C.UTF-8"}, cwd=stage.home,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=60,
+        )  # fmt: skip
+
+    def test_its_sessions_are_what_the_program_prints(self) -> None:
+        stage = self.stage()
+
+        def general(text: str) -> str:
+            for pattern, word in ((r"127\.0\.0\.\d+|192\.168\.64\.\d+", "IP"), (r"\b[\d.]+[BKMGT]\b", "SIZE"),
+                                  (r"\b\d+[smhd]\b", "AGE"), (r" +", " ")):  # fmt: skip
+                text = re.sub(pattern, word, text)
+            return "\n".join(line.strip() for line in text.replace("\r", "").splitlines())
+
+        for _, block in (found for found in self.blocks if found[0] == "console"):
+            for session in re.split(r"(?m)^\$ ", block)[1:]:
+                command, _, shown = session.partition("\n")
+                with self.subTest(command):
+                    self.assertEqual(general(self.run_in(stage, command).stdout), general(shown))
+
+    def test_every_command_in_it_is_one(self) -> None:
+        values = {"S": "5", "N": "1", "AGE": "7d", "SIZE": "4G", "KEY": "prefix", "VALUE": "x-", "vX.Y.Z": "v0.3.0"}
+        self.assertGreater(len(self.commands), 40)
+        for text in self.commands:
+            with self.subTest(text):
+                argv = shlex.split(re.split(r" [|<>] ", text)[0].replace("LABEL", "alpha"))[1:]
+                words, _, _ = kodemachine.split_command_line([values.get(word, word) for word in argv])
+                if not words[-1].islower() or "--help" not in words:
+                    kodemachine.build_parser(words).parse_args(words)
+
+    def test_every_command_in_it_does_what_it_says(self) -> None:
+        stage = self.stage()
+        stage.utm.add("kodeimage-v0.1.0")
+        alpha = self.run_in(stage, "kodemachine start -d project-alpha next web web-1 && kodemachine stop web web-1")
+        self.assertEqual(alpha.returncode, 0, alpha.stdout)
+        with open(os.path.join(stage.home, "hook"), "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\n")
+        kept = os.path.join(os.path.dirname(stage.home), "kept")
+        folders = {stage.home: kept + "-home", stage.utm.folder: kept + "-utm"}
+        for place, copy in folders.items():
+            shutil.copytree(place, copy, symlinks=True)
+        for text in self.commands:
+            skipped = any(text.startswith(f"kodemachine {words}") for words in self.ELSEWHERE)
+            if skipped or re.search(r"\b[A-Z]{3,}\b|\b[SN]$|<label>|\.\.\.", text):
+                continue
+            with self.subTest(text):
+                words = text.replace("db", "web-1") + " -y" * ("--fresh" in text or text.endswith("purge"))
+                done = self.run_in(stage, re.sub(r"attach \S+$", r"\g<0> --timeout 0.1", words))
+                self.assertEqual(done.returncode, self.STATUS.get(text, 0), done.stdout)
+                self.assertNotIn("Traceback", done.stdout)
+            for place, copy in folders.items():
+                shutil.rmtree(place)
+                shutil.copytree(copy, place, symlinks=True)
+
+    def test_it_names_every_command_every_key_and_every_exit_status(self) -> None:
+        for name, entry in kodemachine.COMMANDS.items():
+            if not entry.hidden:
+                self.assertRegex(self.text, rf"`(kodemachine )?{name}\b", name)
+        for key, default in kodemachine.Settings._field_defaults.items():
+            row = re.search(rf"(?m)^\| `{key}` \| (.*?) \|", self.text)
+            self.assertTrue(row, key)
+            if row and default is not None:
+                self.assertEqual(row[1].strip("`"), default if isinstance(default, str) else json.dumps(default))
+        for status in ("0", "1", "2", "3", "4", "5", "6", "129, 130, 143, 141"):
+            self.assertRegex(self.text, rf"(?m)^\| {status} \|", status)
 
 
 # ---- running the tests
