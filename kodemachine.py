@@ -9,7 +9,8 @@ a hundred times a day, so it imports at the top only what every run needs; the r
 It reads from top to bottom, and calls go the same way back, never up:
 
     main -> cmd_* -> Manager -> VM -> Utmctl -> Call     one choke point to the world outside
-                  -> State, Prober, Console, Out
+                  -> Sealer, Creator, Doctor -> Manager
+                  -> Console, Out
 
 What shapes it are five facts about utmctl, the command that comes with UTM ("contract N" in the text names
 the section of the notes on UTM's behaviour where a fact is shown from UTM's source):
@@ -2034,6 +2035,58 @@ class Cloner:
             self._notes.warn(f"UTM did not rename {printable(row.name)}: {printable(reply.sentence)}")
 
 
+class Handoff:
+    """What ssh and scp are told, so that a session ends in that very machine or not at all."""
+
+    def __init__(self, settings: Settings, state: State) -> None:
+        self._settings, self._state = settings, state
+
+    def pin(self, vm: VM) -> bool:
+        """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
+
+        Then ssh may learn one, in the same file; the next handoff takes it over into the record.
+        """
+        record = self._state.records().get(vm.uuid, {})
+        recorded = record.get("host_keys")
+        keys = parse_host_keys([key for key in recorded if isinstance(key, str)]) if isinstance(recorded, list) else []
+        if not keys and record.get("learning"):
+            keys = self._state.pinned(vm.name)
+            self._state.record(vm.uuid, host_keys=keys or None)
+        self._state.pin(vm.name, keys)
+        if not keys and not record.get("learning"):
+            self._state.record(vm.uuid, name=vm.name, learning=True)
+        return bool(keys)
+
+    def _own_options(self, pinned: bool) -> dict[str, str]:
+        """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
+        def quoted(path: str) -> str:
+            return '"' + path.replace("%", "%%") + '"'
+        options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
+                   "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
+                   "VerifyHostKeyDNS": "no", "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
+                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
+        if self._settings.ssh_user:
+            options["User"] = self._settings.ssh_user
+        if self._settings.identity_file:
+            options["IdentityFile"] = quoted(self._settings.identity_file)
+        return options
+
+    def argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
+        """The command line of ssh to an address; the words of `command` are joined by the guest's login shell."""
+        options = {"HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none", "ProxyCommand": "none",
+                   "Port": str(self._settings.ssh_port)}
+        return ["ssh", *as_words(options), "--", address, *command]
+
+    def name_options(self) -> dict[str, str]:
+        """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
+
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
+        absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
+        """
+        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
+        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
+
+
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
 # mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
 #
@@ -2079,7 +2132,8 @@ class Manager:
 
     def __init__(self, settings: Settings, utm: Utmctl, state: State) -> None:
         self.settings, self.utm, self.state = settings, utm, state
-        self._notes, self._cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
+        self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
+        self.handoff = Handoff(settings, state)
 
     # -- names
 
@@ -2186,7 +2240,7 @@ class Manager:
             if row is None:
                 self._may_clone(label, wishes)
                 return VM(self.utm, self._clone(label, wishes)), None
-            self._cloner.adopt(row)
+            self.cloner.adopt(row)
             self._keep_as_it_is(row, label, wishes)
             if row.uuid in known and row.power is Power.STARTED:
                 kept, call = call, None
@@ -2199,16 +2253,16 @@ class Manager:
         """A new machine of that label, or the one that an earlier run began to make."""
         name = self.settings.prefix + label
         with self.fleet():
-            row = self._cloner.finish(name)
+            row = self.cloner.finish(name)
             if row:
-                self._cloner.adopt(row)
+                self.cloner.adopt(row)
                 self._keep_as_it_is(row, label, wishes._replace(base=None))
             rows = self.utm.rows()
             if row is None:
                 if self.settings.first_boot:
                     open_script(self.settings.first_boot).close()       # said now, and not by the new machine
-                row = self._cloner.clone(self.base(rows, wishes.base), name, rows)
-                self._cloner.adopt(row)
+                row = self.cloner.clone(self.base(rows, wishes.base), name, rows)
+                self.cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
             return row
@@ -2232,14 +2286,14 @@ class Manager:
             if found and found["base_uuid"] != vm.uuid:
                 raise WrongState(f"an earlier run began to clone {printable(found['base'])} to {name}",
                                  f"To complete that: kodemachine {new}")
-            row = self._cloner.finish(name)
+            row = self.cloner.finish(name)
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
                 raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
             hook = None if record.get("new") else record.get("first_boot") or "done"        # on its disk, as there
-            row = row or self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
+            row = row or self.cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
                                             fork=True, first_boot=hook)
-            self._cloner.adopt(row)
+            self.cloner.adopt(row)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
 
     def _may_clone(self, label: str, wishes: Wishes) -> None:
@@ -2395,24 +2449,6 @@ class Manager:
             learning=None,
         )
 
-    # -- the handoff
-
-    def pin(self, vm: VM) -> bool:
-        """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
-
-        Then ssh may learn one, in the same file; the next handoff takes it over into the record.
-        """
-        record = self.record_of(vm.uuid)
-        recorded = record.get("host_keys")
-        keys = parse_host_keys([key for key in recorded if isinstance(key, str)]) if isinstance(recorded, list) else []
-        if not keys and record.get("learning"):
-            keys = self.state.pinned(vm.name)
-            self.state.record(vm.uuid, host_keys=keys or None)
-        self.state.pin(vm.name, keys)
-        if not keys and not record.get("learning"):
-            self.state.record(vm.uuid, name=vm.name, learning=True)
-        return bool(keys)
-
     def first_boot(self, vm: VM) -> str | None:
         """The script that is still to be run in a machine, if there is one."""
         return self.settings.first_boot if self.record_of(vm.uuid).get("first_boot") == "pending" else None
@@ -2421,126 +2457,6 @@ class Manager:
         """The script has been run; unless that is forgotten at power-off."""
         if not self.record_of(vm.uuid).get("disposable"):
             self.state.record(vm.uuid, first_boot="done")
-
-    def _own_options(self, pinned: bool) -> dict[str, str]:
-        """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
-        def quoted(path: str) -> str:
-            return '"' + path.replace("%", "%%") + '"'
-        options = {"UserKnownHostsFile": quoted(self.state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
-                   "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
-                   "VerifyHostKeyDNS": "no", "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
-                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
-        if self.settings.ssh_user:
-            options["User"] = self.settings.ssh_user
-        if self.settings.identity_file:
-            options["IdentityFile"] = quoted(self.settings.identity_file)
-        return options
-
-    def ssh_argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
-        """The command line of ssh to an address; the words of `command` are joined by the guest's login shell."""
-        options = {"HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none", "ProxyCommand": "none",
-                   "Port": str(self.settings.ssh_port)}
-        return ["ssh", *as_words(options), "--", address, *command]
-
-    def name_options(self) -> dict[str, str]:
-        """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
-
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
-        absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
-        """
-        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
-        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
-
-    # -- images
-
-    def sealable(self, text: str) -> Row:
-        """The machine of that UTM name, UUID or label, which is no image. Raises NotFound or WrongState."""
-        name = self.settings.prefix + text
-        rows = self.utm.rows()
-        found = [row for row in rows if row.name == text or row.uuid == text.upper()
-                 or (row.name == name and self.label_of(name))]
-        if len(found) > 1:
-            raise WrongState(f"{printable(text)} may be one of {len(found)} machines: "
-                             + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
-        if not found:
-            raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
-        if found[0] in self.images(rows) or found[0].name.startswith("kodeimage-"):
-            raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
-                             "Seal a clone of it instead.")
-        return found[0]
-
-    @contextlib.contextmanager
-    def sealing(self, text: str) -> Iterator[VM]:
-        """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
-        row = self.sealable(text)
-        name = row.name if self.label_of(row.name) else row.uuid    # foreign names may not do for a file's
-        with self.state.lock(name, self.settings.lock_limit, what=printable(row.name)):
-            row = self.sealable(row.uuid)
-            record = self.record_of(row.uuid)
-            if record.get("saved"):
-                raise WrongState(f"{row.name} has a saved session, which sealing would lose",
-                                 "Resume it and shut it down first.")
-            if record.get("disposable") and row.power is not Power.STOPPED:
-                raise WrongState(f"{row.name} runs as disposable: what is changed in it is lost when it stops",
-                                 "Stop it first.")
-            yield VM(self.utm, row)
-
-    def forget_guest(self, vm: VM) -> None:
-        """Drops what is known of a guest whose host keys are about to go."""
-        if vm.uuid in self.state.records():
-            self.state.record(vm.uuid, host_keys=None, machine_id=None, personality=None, learning=None)
-        self.state.pin(vm.name, [])
-
-    def image_begun(self, vm: VM, name: str) -> Row | None:
-        """The image `name` that an earlier run began to copy from this machine.
-
-        None if there is none. Raises WrongState if a machine of that name is another one.
-        """
-        with self.fleet():
-            begun = Intent(self.state, name).load()
-            row = self._cloner.finish(name)
-            if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
-                return row
-            self._cloner.must_be_free(name, self.utm.rows())
-            return None
-
-    def copy_to_image(self, vm: VM, name: str) -> Row:
-        """Copies a stopped machine under an image's name."""
-        with self.fleet():
-            row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self.utm.rows())
-            self._cloner.adopt(row)
-            return row
-
-    def made(self, name: str) -> Row | None:
-        """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
-        with self.fleet():
-            row = self._cloner.finish(name)
-            return row if row and self._cloner.adopt(row) else None
-
-    def make(self, name: str, *words: str) -> Row:
-        """Has UTM make a new machine; the words are MAKE's."""
-        with self.fleet():
-            row = self._cloner.make(name, self.utm.rows(), words)
-            self._cloner.adopt(row)
-            return row
-
-    def rename(self, vm: VM, name: str) -> None:
-        """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
-        with self.fleet():
-            Cloner.must_be_free(name, self.utm.rows())
-            for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
-                reply = self.utm.insist(vm.configure(name=name))
-                if Row(vm.uuid, Power.STOPPED, name) in self.utm.rows():
-                    vm.name = name
-                    return
-                if reply.outcome is Outcome.FAILED:
-                    break
-            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}",
-                            "Rename it in UTM, or run the same command again.")
-
-    def is_first_image(self, vm: VM) -> bool:
-        """Whether there is no other image, and none is configured."""
-        return not self.settings.base_image and {row.uuid for row in self.images(self.utm.rows())} <= {vm.uuid}
 
     # -- looking
 
@@ -2554,7 +2470,7 @@ class Manager:
         if vm.power is not Power.STARTED:
             raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {label}")
         address = self.bring_up(vm, label, wishes, call)
-        self.pin(vm)
+        self.handoff.pin(vm)
         return vm, address
 
     @property
@@ -2912,6 +2828,104 @@ def user_name(name: str | None) -> str:
     return name
 
 
+class Images:
+    """The golden images: which machine may become one, and how it comes by its name."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager, self._utm, self._state = manager, manager.utm, manager.state
+        self._cloner, self._notes = manager.cloner, manager.utm.notes
+
+    def _sealable(self, text: str) -> Row:
+        """The machine of that UTM name, UUID or label, which is no image. Raises NotFound or WrongState."""
+        name = self._manager.settings.prefix + text
+        rows = self._utm.rows()
+        found = [row for row in rows if row.name == text or row.uuid == text.upper()
+                 or (row.name == name and self._manager.label_of(name))]
+        if len(found) > 1:
+            raise WrongState(f"{printable(text)} may be one of {len(found)} machines: "
+                             + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
+        if not found:
+            raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
+        if found[0] in self._manager.images(rows) or found[0].name.startswith("kodeimage-"):
+            raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
+                             "Seal a clone of it instead.")
+        return found[0]
+
+    @contextlib.contextmanager
+    def sealing(self, text: str) -> Iterator[VM]:
+        """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
+        row = self._sealable(text)
+        name = row.name if self._manager.label_of(row.name) else row.uuid    # foreign names may not do for a file's
+        with self._state.lock(name, self._manager.settings.lock_limit, what=printable(row.name)):
+            row = self._sealable(row.uuid)
+            record = self._manager.record_of(row.uuid)
+            if record.get("saved"):
+                raise WrongState(f"{row.name} has a saved session, which sealing would lose",
+                                 "Resume it and shut it down first.")
+            if record.get("disposable") and row.power is not Power.STOPPED:
+                raise WrongState(f"{row.name} runs as disposable: what is changed in it is lost when it stops",
+                                 "Stop it first.")
+            yield VM(self._utm, row)
+
+    def forget_guest(self, vm: VM) -> None:
+        """Drops what is known of a guest whose host keys are about to go."""
+        if vm.uuid in self._state.records():
+            self._state.record(vm.uuid, host_keys=None, machine_id=None, personality=None, learning=None)
+        self._state.pin(vm.name, [])
+
+    def begun(self, vm: VM, name: str) -> Row | None:
+        """The image `name` that an earlier run began to copy from this machine.
+
+        None if there is none. Raises WrongState if a machine of that name is another one.
+        """
+        with self._manager.fleet():
+            begun = Intent(self._state, name).load()
+            row = self._cloner.finish(name)
+            if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
+                return row
+            self._cloner.must_be_free(name, self._utm.rows())
+            return None
+
+    def copy(self, vm: VM, name: str) -> Row:
+        """Copies a stopped machine under an image's name."""
+        with self._manager.fleet():
+            row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self._utm.rows())
+            self._cloner.adopt(row)
+            return row
+
+    def made(self, name: str) -> Row | None:
+        """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
+        with self._manager.fleet():
+            row = self._cloner.finish(name)
+            return row if row and self._cloner.adopt(row) else None
+
+    def make(self, name: str, *words: str) -> Row:
+        """Has UTM make a new machine; the words are MAKE's."""
+        with self._manager.fleet():
+            row = self._cloner.make(name, self._utm.rows(), words)
+            self._cloner.adopt(row)
+            return row
+
+    def rename(self, vm: VM, name: str) -> None:
+        """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
+        with self._manager.fleet():
+            Cloner.must_be_free(name, self._utm.rows())
+            for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+                reply = self._utm.insist(vm.configure(name=name))
+                if Row(vm.uuid, Power.STOPPED, name) in self._utm.rows():
+                    vm.name = name
+                    return
+                if reply.outcome is Outcome.FAILED:
+                    break
+            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}",
+                            "Rename it in UTM, or run the same command again.")
+
+    def is_first(self, vm: VM) -> bool:
+        """Whether there is no other image, and none is configured."""
+        images = self._manager.images(self._utm.rows())
+        return not self._manager.settings.base_image and {row.uuid for row in images} <= {vm.uuid}
+
+
 class Sealer:
     """Makes a machine fit for an image, from inside, through its guest agent; what was cut off, the next run ends."""
 
@@ -2953,7 +2967,7 @@ class Sealer:
 
     def apply(self, *, sudo: bool = False) -> Sequence[Step]:
         """Does every step, proves them, and powers the machine off."""
-        self._manager.forget_guest(self.vm)     # before its keys go: there is nothing of it to trust any more
+        Images(self._manager).forget_guest(self.vm)     # before its keys go: there is nothing of it to trust any more
         self._notes.step(f"sealing {self.vm.name}")
         steps = self.must(self.ask("apply", sudo=sudo))
         self.must(self.ask("prove"))
@@ -3043,7 +3057,7 @@ class Creator:
 
     def __init__(self, manager: Manager, cache: str, plan: Plan) -> None:
         self._manager, self._utm, self._notes, self._plan = manager, manager.utm, manager.utm.notes, plan
-        self._cache = cache
+        self._images, self._cache = Images(manager), cache
         self._working_name = "unfinished-" + plan.name      # no image's and no clone's
 
     def create(self) -> VM:
@@ -3057,7 +3071,7 @@ class Creator:
                 with self._step("writing the seed"):
                     seed = self._seed()
                 with self._step("making the machine"):
-                    row = self._manager.make(self._working_name, self._architecture(), str(self._plan.cpus),
+                    row = self._images.make(self._working_name, self._architecture(), str(self._plan.cpus),
                                              str(self._plan.memory), disk, seed)
             vm = VM(self._utm, row)
             if row.name != self._plan.name:
@@ -3067,7 +3081,7 @@ class Creator:
                     self._detach(vm)
                 with self._step("giving it its name"):
                     self._notes.step(f"calling {vm.name} {self._plan.name}")
-                    self._manager.rename(vm, self._plan.name)
+                    self._images.rename(vm, self._plan.name)
             return vm
 
     def done(self, vm: VM) -> None:
@@ -3099,7 +3113,7 @@ class Creator:
             if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
                 return row
         Cloner.must_be_free(self._plan.name, rows)
-        return self._manager.made(self._working_name)
+        return self._images.made(self._working_name)
 
     # -- the disk
 
@@ -4174,7 +4188,8 @@ def furnish(ctx: Context, vm: VM, address: str) -> None:
         return
     script = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chmod 700 "$file" || exit; '
               'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
-    ssh, *words = ctx.manager.ssh_argv(vm, address, [shlex.join(["exec", "sh", "-c", script])], ctx.manager.pin(vm))
+    handoff = ctx.manager.handoff
+    ssh, *words = handoff.argv(vm, address, [shlex.join(["exec", "sh", "-c", script])], handoff.pin(vm))
     ctx.out.step(f"running {path} in {vm.name}")
     ctx.out.end_step()
     with open_script(path) as file:
@@ -4192,9 +4207,9 @@ def furnish(ctx: Context, vm: VM, address: str) -> None:
 
 def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
     """Becomes ssh."""
-    pinned = ctx.manager.pin(vm)
+    pinned = ctx.manager.handoff.pin(vm)
     ctx.out.end_step()
-    become(ctx.manager.ssh_argv(vm, address, opts.rest or [], pinned))
+    become(ctx.manager.handoff.argv(vm, address, opts.rest or [], pinned))
 
 
 def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None:
@@ -4237,9 +4252,9 @@ def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int
             stack.callback(throw_out, ctx, vm, label)
             address = manager.bring_up(vm, label, wishes)
             furnish(ctx, vm, address)
-            pinned = manager.pin(vm)
+            pinned = manager.handoff.pin(vm)
         ctx.out.end_step()
-        return lend_terminal(manager.ssh_argv(vm, address, opts.rest or [], pinned))
+        return lend_terminal(manager.handoff.argv(vm, address, opts.rest or [], pinned))
 
 
 def throw_out(ctx: Context, vm: VM, label: str) -> None:
@@ -4321,14 +4336,14 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
         with ctx.manager.holding(label):
             ctx.manager.running(label)      # says at once, and in our words, what scp could only guess
     ctx.out.end_step()
-    become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.name_options()), "--", *operands])
+    become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.handoff.name_options()), "--", *operands])
 
 
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
          examples=["ssh-config --install"])
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """what lets ssh, scp, rsync, git and editors use machines by name"""
-    options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.name_options().items())
+    options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.handoff.name_options().items())
     stanza = f"Host {ctx.manager.settings.prefix}*\n{options}"
     ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
     include = f'Include "{ours}"'
@@ -4409,7 +4424,7 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
 def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
     """An Ansible inventory of clones in groups by state. All stands below a group of ours: beside other inventories
     nothing of it reaches their hosts. Ansible shares its connections itself, so that is left to it."""
-    options = {key: value for key, value in manager.name_options().items() if not key.startswith("Control")}
+    options = {key: value for key, value in manager.handoff.name_options().items() if not key.startswith("Control")}
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for machine in manager.survey(rows, ip=False, disk=False):
         hosts = groups.setdefault(f"kodemachine_{machine.status}", {"hosts": {}})["hosts"]
@@ -4777,7 +4792,7 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
                 public_key(manager.settings.identity_file))
     creator = Creator(manager, cache_folder(), plan)
     vm = creator.create()
-    if manager.is_first_image(vm):
+    if Images(manager).is_first(vm):
         with manager.fleet():
             ctx.config.set("base_image", vm.name)
     creator.done(vm)
@@ -4801,14 +4816,15 @@ def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
     manager, out = ctx.manager, ctx.out
     if not (opts.yes or opts.check):
         out.must_be_able_to_ask("base seal")
-    with manager.sealing(opts.vm) as vm:
-        begun = manager.image_begun(vm, opts.image) if opts.image else None
+    images = Images(manager)
+    with images.sealing(opts.vm) as vm:
+        begun = images.begun(vm, opts.image) if opts.image else None
         if not begun:
             user = user_name(manager.settings.ssh_user)
             sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
             if not seal(ctx, sealer, opts):
                 return 0
-            begun = manager.copy_to_image(vm, opts.image) if opts.image else None
+            begun = images.copy(vm, opts.image) if opts.image else None
     out.note(f"{begun.name} is ready; to have new machines from it: kodemachine base use {begun.name}" if begun else
              f"{vm.name} is sealed and off. It becomes an image by its name: rename it in UTM to kodeimage-vX.Y.Z")
     return 0
@@ -5059,7 +5075,7 @@ def welcome(ctx: Context, opts: Arguments) -> int:
     except NotFound as failure:
         lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
     except KodeError as failure:
-        lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine list")
+        lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine doctor")
     ctx.out.result("\n".join([TITLE, "", *(f"  {line}" for line in EPILOG.splitlines()), "", *lines]))
     return 0
 

@@ -6703,7 +6703,7 @@ class FirstScreenTest(FleetCase):
         self.vm("old")
         self.utm.add("Windows 11", status="started")
         self.assertEqual(said(), "started: db, web\nstopped: old" + end)
-        away = "the machines are not shown: {}; see: kodemachine list" + end
+        away = "the machines are not shown: {}; see: kodemachine doctor" + end
         self.utm.fault("list", hang=True)
         self.assertEqual(said(), away.format("UTM gave no list within 1 s"))
         self.utm.clear_faults()
