@@ -1285,18 +1285,19 @@ class Utmctl:
                     f"utmctl crashed (exit {reply.code})",
                     "It needs your session at the screen, outside of any sandbox. Is UTM installed whole?",
                 )
+        raise self._no_list(reply)
+
+    @staticmethod
+    def _no_list(reply: Reply) -> TimedOut:
+        """What to say when the last of many answers was no better than this."""
         if reply.outcome is Outcome.DONE:
-            raise TimedOut(
-                "UTM's list cannot be read in full",
-                "Look at UTM's window: a machine may have a name with a "
-                "line break, or be broken. See the answer with: utmctl list",
-            )
+            return TimedOut("UTM's list cannot be read in full",
+                            "Look at UTM's window: a machine may have a name with a line break, or be broken. "
+                            "See the answer with: utmctl list")
         number = f" ({reply.numbers[-1]})" if reply.numbers else ""
-        raise TimedOut(
-            f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
-            "Is UTM asking something on the screen? Do not "
-            "use sudo. " + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."),
-        )
+        return TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
+                        "Is UTM asking something on the screen? Do not use sudo. "
+                        + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."))
 
     def glimpse(self, limit: float) -> list[Row]:
         """What one list tells within `limit` seconds, believed as it is: for looking, never for acting.
@@ -1605,11 +1606,14 @@ class VM:
         finally:
             prober.close()
             self._utm.drop(call)
+        raise self._no_greeting(limit, known, prober)
+
+    def _no_greeting(self, limit: float, known: Sequence[str], prober: Prober) -> TimedOut:
+        """What to say when no ssh server has greeted at any of the `known` addresses."""
         seen = f"its ssh port does not answer at {', '.join(known)}" if known else "its guest agent tells no address"
-        raise TimedOut(
+        return TimedOut(
             f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
-            LOCAL_NETWORK
-            if prober.unreachable and local_network_rules()
+            LOCAL_NETWORK if prober.unreachable and local_network_rules()
             else f"Look at its console (kodemachine attach {self.name}), or allow more time with --timeout.",
         )
 
