@@ -1424,6 +1424,7 @@ def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Call
 
 def free_space(path: str) -> int | None:
     """Free bytes of the volume that `path` is on, None if it cannot be told."""
+    path = os.path.abspath(path)
     while not os.path.exists(path) and path != "/":
         path = os.path.dirname(path)
     try:
@@ -1798,7 +1799,7 @@ class VM:
         assert reply
         out, err = reply.raw
         said, found, code = err.rpartition(f"\n{mark}".encode())
-        if found and code.strip().isdigit():
+        if found and re.fullmatch(rb"\d{1,3}\s*", code):
             if max(len(out), len(said)) >= EXEC_OUTPUT:
                 self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
             return int(code), out, said
@@ -2067,7 +2068,8 @@ class Handoff:
             return '"' + path.replace("%", "%%") + '"'
         options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
                    "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
-                   "VerifyHostKeyDNS": "no", "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
+                   "VerifyHostKeyDNS": "no", "HashKnownHosts": "no", "CheckHostIP": "no",
+                   "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
                    "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
         if self._settings.ssh_user:
             options["User"] = self._settings.ssh_user
