@@ -4431,6 +4431,8 @@ def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
     """An Ansible inventory of clones in groups by state. All stands below a group of ours: beside other inventories
     nothing of it reaches their hosts. Ansible shares its connections itself, so that is left to it."""
     options = {key: value for key, value in manager.handoff.name_options().items() if not key.startswith("Control")}
+    # One that it has kept to a machine that is off by now would hang, and the next play with it.
+    options.update(ServerAliveInterval="5", ServerAliveCountMax="3")
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for machine in manager.survey(rows, ip=False, disk=False):
         hosts = groups.setdefault(f"kodemachine_{machine.status}", {"hosts": {}})["hosts"]
