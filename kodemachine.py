@@ -565,6 +565,7 @@ class Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._arrive)
+        sys.unraisablehook = self._dropped
 
     def _arrive(self, number: int, _frame: object) -> None:
         if self._held:
@@ -572,6 +573,13 @@ class Interrupts:
         else:
             self._held = 1          # a second signal cannot break the clean-up
             raise Interrupted(number)
+
+    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        """What was raised in a finalizer, Python drops; an interruption then comes with the next call instead."""
+        if isinstance(dropped.exc_value, Interrupted):
+            self._held, self._pending = 0, dropped.exc_value.number
+        else:
+            sys.__unraisablehook__(dropped)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

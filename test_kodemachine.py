@@ -6619,6 +6619,19 @@ class ExitStatusTest(SpawnCase, FleetCase):
             self.assertEqual((process.returncode, b"Traceback" in err), (128 + number, False), err)
             self.assertNoChildrenLeft()
 
+    def test_one_that_arrives_in_a_finalizer_is_not_lost(self) -> None:
+        patch = (
+            "import os, signal, subprocess\n"
+            "def finalizer(popen, once=[]):\n"
+            "    once.append(os.kill(os.getpid(), signal.SIGTERM)) if not once else None\n"
+            "subprocess.Popen.__del__ = finalizer\n"
+        )
+        command = self.command("stop", "deaf", "--timeout", "10")
+        command[command.index(self.LAUNCH)] = patch + self.LAUNCH
+        result = self.run_program(command)
+        self.assertEqual((result.code, result.err.partition("\n")[2]), (128 + signal.SIGTERM, ""))
+        self.assertNoChildrenLeft()
+
     def test_these_are_the_documented_ones(self) -> None:
         classes = [kodemachine.KodeError, kodemachine.UsageError, kodemachine.NotFound, kodemachine.WrongState,
                    kodemachine.Unreachable, kodemachine.TimedOut]
