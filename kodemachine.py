@@ -651,6 +651,21 @@ def read_text(path: str) -> str | None:
         return file.read(16 << 20).decode("utf-8", "replace")
 
 
+def is_locked(path: str) -> bool:
+    """Whether somebody holds a lock on that file. It only looks: nothing is made or written."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
 class Call:
     """A child of ours: stdin from null, both streams captured, in a session of its own so that Ctrl-C is ours.
 
@@ -757,18 +772,8 @@ class State:
             os.close(handle)
 
     def locked(self, name: str) -> bool:
-        """Whether somebody holds that lock. It only looks: nothing is made or written."""
-        try:
-            handle = os.open(self.path("locks", name + ".lock"), os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
+        """Whether somebody holds that lock."""
+        return is_locked(self.path("locks", name + ".lock"))
 
     def _take_lock(self, handle: int, what: str, limit: float) -> None:
         told = False
@@ -789,10 +794,11 @@ class State:
             make_folder(self.folder)        # somebody else's would be a lie
         try:
             found = json.loads(read_text(self.path("machines.json")) or "{}")
-            if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
+            if isinstance(found, dict) and all(isinstance(record, dict) and isinstance(record.get("image") or {}, dict)
+                                               for record in found.values()):
                 return found
             problem = "not what kodemachine wrote"
-        except (ValueError, OSError) as failure:
+        except (ValueError, RecursionError, OSError) as failure:
             problem = str(failure)
         if not self.trouble:
             self.trouble = f"{self.path('machines.json')} is of no use ({problem})"
@@ -818,6 +824,8 @@ class State:
         def change(records: dict[str, dict[str, Any]]) -> None:
             merged = {**records.get(uuid, {}), **fields}
             records[uuid] = {key: value for key, value in merged.items() if value is not None}
+            if not records[uuid]:
+                del records[uuid]
         self._rewrite(change)
 
     def forget(self, name: str, listed: set[str]) -> None:
@@ -866,7 +874,7 @@ class Intent:
 
     def load(self) -> dict[str, Any] | None:
         """The intent of an earlier run, None if there is none that can be read."""
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(ValueError, RecursionError, OSError):
             found = json.loads(read_text(self._path) or "null")
             if isinstance(found, dict) and isinstance(found.get("listed"), list) \
                     and isinstance(found.get("inherits", {}), dict) \
@@ -881,22 +889,12 @@ class Intent:
                   "inherits": inherits}
         write_file(self._path, json.dumps(intent) + "\n")
         handle = os.open(self._path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)
         return intent, handle
 
     def call_alive(self) -> bool:
         """Whether the call of an earlier run is still under way."""
-        try:
-            handle = os.open(self._path, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
+        return is_locked(self._path)
 
     def remove(self) -> None:
         """The machine has been seen, or there will be none."""
@@ -1458,19 +1456,22 @@ class Prober:
         self._began: float | None = None
         self._tries: dict[str, tuple[Any, float]] = {}      # address -> its socket, when it was opened
         self._rest: dict[str, float] = {}                   # address -> not before that time
-        self.errors: dict[str, int] = {}
+        self._errors: dict[str, int] = {}                   # address -> how its last connection failed, 0: it did not
 
     def aim(self, addresses: Sequence[str]) -> None:
         """Replaces the candidates."""
         for address in [a for a in self._tries if a not in addresses]:
             self._give_up(address, 0)
         self._rest = {address: self._rest.get(address, 0.0) for address in addresses}
+        self._errors = {address: self._errors.get(address, 0) for address in addresses}
         self._began = self._began or (time.monotonic() if addresses else None)
 
     @property
     def unreachable(self) -> bool:
-        """Whether the system says of every candidate that there is no route to it."""
-        return bool(self.errors) and set(self.errors.values()) == {errno.EHOSTUNREACH}
+        """Whether the system says of all the likeliest candidates that there is no route to them."""
+        best = min(map(address_rank, self._errors), default=0)
+        return {self._errors[address] for address in self._errors if address_rank(address) == best} == \
+            {errno.EHOSTUNREACH}
 
     def step(self, seconds: float) -> str | None:
         """Goes on for at most `seconds`; the address that greeted, if one has. Its connection is closed by then."""
@@ -1521,7 +1522,7 @@ class Prober:
     def _give_up(self, address: str, failure: int) -> None:
         sock, _ = self._tries.pop(address)
         sock.close()
-        self.errors[address] = failure
+        self._errors[address] = failure or self._errors.get(address, 0)
         self._rest[address] = time.monotonic() + 0.1
 
     def close(self) -> None:
@@ -1551,11 +1552,11 @@ class VM:
         return self.power
 
     def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
-                 before_cold: Callable[[], None] = lambda: None) -> None:
+                 before_cold: Callable[[], None] | None = None) -> None:
         """Starts or resumes, until the state is `started`; the state is believed, never the exit status (contract 2).
 
-        `before_cold` runs before the first start from `stopped`. Raises TimedOut after `limit` seconds, or
-        KodeError with UTM's words if it stays as it was after three requests.
+        `before_cold` runs before the first start from `stopped`, and its time does not count. Raises TimedOut after
+        `limit` seconds, or KodeError with UTM's words if it stays as it was after three requests.
         """
         options = ["--hide"] * hide + ["--disposable"] * disposable
         asked, again_at, complaint = 0, 0.0, ""
@@ -1570,8 +1571,10 @@ class VM:
                         f"{self.name} does not start, it stays {power.value}" + (f": {complaint}" if complaint else ""),
                         "Try it in UTM's window; it may show more.",
                     )
-                if power is Power.STOPPED and not asked:
+                if power is Power.STOPPED and before_cold:
                     before_cold()
+                    self.power_on(limit, hide=hide, disposable=disposable)
+                    return
                 reply = self._utm.insist(self._utm.call("start", *options, self.uuid))
                 complaint = printable(reply.sentence)
                 asked, again_at = asked + 1, time.monotonic() + ASK_AGAIN
@@ -1642,7 +1645,8 @@ class VM:
     def make_unique(self, memory: int | None, cpus: int | None) -> None:
         """Gives a stopped machine network addresses that no other has, with `memory` (MiB) and `cpus` in one change.
 
-        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, KodeError unless it is proved done.
+        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, WrongState if the machine is not
+        stopped any more, KodeError unless it is proved done.
         """
         problem = "UTM does not answer"
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
@@ -1670,6 +1674,9 @@ class VM:
                     f"{MAC_SETTING} {NOT_ALLOWED}",
                 )
             if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
+                if self.status() is not Power.STOPPED:      # perhaps by what an earlier run had asked of UTM
+                    raise WrongState(f"{self.name} is {self.power.value}: it was turned on meanwhile",
+                                     "Run the same command again.")
                 break
         raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
                         MAC_SETTING)
@@ -2077,7 +2084,7 @@ class Handoff:
         options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
                    "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
                    "VerifyHostKeyDNS": "no", "HashKnownHosts": "no", "CheckHostIP": "no",
-                   "IgnoreUnknown": "KnownHostsCommand", "KnownHostsCommand": "none",
+                   "IgnoreUnknown": "*", "KnownHostsCommand": "none",
                    "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
         if self._settings.ssh_user:
             options["User"] = self._settings.ssh_user
@@ -2141,6 +2148,12 @@ echo "end=$label"
 """
 
 
+def without_trace(record: dict[str, Any]) -> dict[str, None]:
+    """The keys of a record to drop when a boot that leaves no trace in the machine (--disposable) is over."""
+    keys = ["disposable", *["host_keys"] * (not record.get("personality"))] if record.get("disposable") else []
+    return dict.fromkeys(keys)
+
+
 class Manager:
     """The fleet: from a label to a machine, and everything that is done to machines."""
 
@@ -2155,7 +2168,11 @@ class Manager:
         """The label that a person's word stands for; the prefix typed by habit is dropped. Raises UsageError."""
         label = text.removeprefix(self.settings.prefix)
         if text == ".":
-            label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(os.getcwd()).lower()).strip("-")
+            try:
+                here = os.getcwd()
+            except OSError as failure:
+                raise UsageError(f"the current folder has no name: {failure.strerror}", "Change to another.") from None
+            label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(here).lower()).strip("-")
             label = label[:63 - len(self.settings.prefix)].rstrip("-")
         if label in RESERVED:
             raise UsageError(f"{label!r} is a word of kodemachine's own and cannot be a machine's label",
@@ -2270,7 +2287,7 @@ class Manager:
             row = self.cloner.finish(name)
             if row:
                 self.cloner.adopt(row)
-                self._keep_as_it_is(row, label, wishes._replace(base=None))
+                self._keep_as_it_is(row, label, wishes)
             rows = self.utm.rows()
             if row is None:
                 if self.settings.first_boot:
@@ -2377,11 +2394,17 @@ class Manager:
         began = time.monotonic()
         record = self.record_of(vm.uuid)
         renews = record.get("fork") and vm.power is Power.STOPPED and not (wishes.disposable or record.get("saved"))
+
+        def before_cold() -> None:
+            nonlocal began
+            self.before_cold_start(vm, record, wishes)
+            began = time.monotonic()        # the wait for somebody else's lock is no part of the boot
+
         if vm.power is not Power.STARTED:
             resumes = vm.power is Power.PAUSED or record.get("saved")
             self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
             vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
-                        before_cold=lambda: self.before_cold_start(vm, record, wishes))
+                        before_cold=before_cold)
             record = self.record_of(vm.uuid)
         if record.get("saved") or record.get("new"):
             hook = "pending" if record.get("new") and self.settings.first_boot else None
@@ -2403,9 +2426,7 @@ class Manager:
                     self._notes.step(f"checking the network address of {vm.name}")
                     vm.make_unique(wishes.memory, wishes.cpus)
             self.state.record(vm.uuid, name=vm.name, mac_checked=True)
-        lost_keys = record.get("disposable") and not record.get("personality")     # made by a boot that left no trace
-        self.state.record(vm.uuid, disposable=wishes.disposable or None,
-                          host_keys=None if lost_keys else record.get("host_keys"))
+        self.state.record(vm.uuid, **{**without_trace(record), "disposable": wishes.disposable or None})
 
     def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
         """Gives a fork host keys and a machine-id of its own, and starts it anew, since only then they count.
@@ -2526,13 +2547,14 @@ class Manager:
     def stop(self, label: str, limit: float, *, force: bool = False, kill: bool = False) -> str:
         """Turns a machine off, asking the guest first unless told otherwise; returns what was done."""
         vm = self.find(label)
+        record = self.record_of(vm.uuid)
         if vm.power is Power.STOPPED:
-            return "is stopped already" + (", with a saved session" if self.record_of(vm.uuid).get("saved") else "")
+            return "is stopped already" + (", with a saved session" if record.get("saved") else "")
         if force or kill:
             vm.force_off(kill)
         else:
             vm.ask_to_stop(limit)
-        self.state.record(vm.uuid, saved=None)
+        self.state.record(vm.uuid, saved=None, **without_trace(record))
         return "stopped"
 
     def suspend(self, label: str, *, save: bool) -> str:
@@ -5267,6 +5289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
+    except OSError as failure:          # such as a folder that is gone, or a volume that knows no locks
+        out.error(KodeError(f"{failure.filename or 'the system'}: {failure.strerror or failure}",
+                            "Mend that, then run the same command again: it takes up where this one ended."))
+        return KodeError.status
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import base64
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -1640,6 +1641,7 @@ class Case(unittest.TestCase):
         "LIMITS": {"list": 3.0, "status": 2.0, "ip-address": 2.0, "attach": 2.0, "start": 2.0, "stop": 2.0,
                    "suspend": 2.0, "delete": 5.0, "exec": 5.0, "osascript": 2.0},
     }  # fmt: skip
+    PYTHON = (sys.executable, "-IS", "-X", "faulthandler", "-W", "error")
     LAUNCH = (
         "import json, sys\n"
         "sys.path.insert(0, sys.argv.pop(1))\n"
@@ -1651,9 +1653,9 @@ class Case(unittest.TestCase):
     def command(self, *args: str, patience: dict[str, Any] | None = None) -> list[str]:
         """The command line of kodemachine, with less patience than a person has; {}: with its own, as installed."""
         if patience == {}:
-            return [sys.executable, "-IS", "-W", "error", KODEMACHINE, *args]
+            return [*self.PYTHON, KODEMACHINE, *args]
         changed = json.dumps({**self.PATIENCE, **(patience or {})})
-        return [sys.executable, "-IS", "-W", "error", "-c", self.LAUNCH, HERE, changed, *args]
+        return [*self.PYTHON, "-c", self.LAUNCH, HERE, changed, *args]
 
     def km(
         self, *args: str, stdin: str | None = None, env: dict[str, str] | None = None, timeout: float = 60
@@ -1671,13 +1673,21 @@ class Case(unittest.TestCase):
         env: dict[str, str] | None = None,
         timeout: float = 60,
     ) -> Result:
-        process = self.start_program(argv, env, stdin is not None)
+        return self.ended(self.start_program(argv, env, stdin is not None), stdin, timeout)
+
+    def ended(self, process: subprocess.Popen[bytes], stdin: str | None = None, timeout: float = 60) -> Result:
+        """How a program has ended; one that does not within `timeout` seconds is made to tell where it stands."""
+        in_time = True
         try:
             out, err = process.communicate(None if stdin is None else stdin.encode(), timeout)
-        except subprocess.TimeoutExpired as late:
-            said = (late.stderr or b"").decode(errors="replace")
-            raise AssertionError(f"still running after {timeout} s: {shlex.join(argv)}\n{said}") from None
-        return Result(process.returncode, *(text.decode("utf-8", "surrogateescape") for text in (out, err)))
+        except subprocess.TimeoutExpired:
+            in_time = False
+            process.send_signal(signal.SIGABRT)
+            out, err = process.communicate(timeout=10)
+        result = Result(process.returncode, *(text.decode("utf-8", "surrogateescape") for text in (out, err)))
+        if not in_time:
+            self.fail(f"still running after {timeout} s: {process.args!r}\n{result.err}")
+        return result
 
     def start_program(
         self, argv: Sequence[str], env: dict[str, str] | None = None, input_follows: bool = False
@@ -2537,6 +2547,77 @@ class Greeter:
             end.close()
 
 
+class ProberTest(unittest.TestCase):
+    """When the system's own word on the addresses is to be passed on."""
+
+    def test_only_what_is_known_of_the_likeliest_addresses_now_counts(self) -> None:
+        prober, near, far, bridge = kodemachine.Prober(22), "192.168.64.2", "192.168.64.3", "fe80::1"
+        self.assertFalse(prober.unreachable)
+        failures: dict[str, int] = {}
+
+        def connect(_sock: socket.socket, to: tuple[str, int]) -> int:
+            return failures.get(to[0], errno.EINPROGRESS)
+
+        with mock.patch.object(socket.socket, "connect_ex", connect):
+            def unreachable(*addresses: str) -> bool:
+                prober.aim(addresses)
+                prober._rest = dict.fromkeys(addresses, 0.0)        # without the pause between two tries
+                prober.step(0.0)
+                return prober.unreachable
+
+            failures[near] = errno.EHOSTUNREACH
+            self.assertTrue(unreachable(near))
+            self.assertFalse(unreachable(near, far), "one of them may answer yet")
+            self.assertTrue(unreachable(near, bridge), "the less likely one has not been tried")
+            failures[near] = errno.ECONNREFUSED
+            self.assertFalse(unreachable(near))
+            failures[far] = errno.EHOSTUNREACH
+            self.assertTrue(unreachable(far), "what another address said before is over")
+        prober.close()
+        self.assertTrue(prober.unreachable)
+
+
+class StateTest(unittest.TestCase):
+    """What is remembered, and what a file that is not as it was written does: nothing."""
+
+    def setUp(self) -> None:
+        self.folder = os.path.join(tempfile.mkdtemp(prefix="kodemachine-test-"), "state")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.folder))
+        self.notes = mock.Mock()
+        self.state = kodemachine.State(self.folder, self.notes)
+
+    def test_a_record_of_nothing_is_none(self) -> None:
+        self.state.record(UUID_A, saved=None)
+        self.assertEqual((self.state.records(), os.listdir(self.folder)), ({}, ["locks"]))
+        self.state.record(UUID_A, name="km-a", saved=True)
+        self.state.record(UUID_A, name=None, saved=None)
+        self.assertEqual(self.state.records(), {})
+
+    def test_what_kodemachine_did_not_write_counts_as_lost_and_is_said_once(self) -> None:
+        os.mkdir(self.folder, 0o700)
+        os.mkdir(os.path.join(self.folder, "intents"), 0o700)
+        deep = "[" * 100_000
+        for text in ("[]", '{"a": 1}', '{"a": {"image": "b"}}', deep, "{"):
+            state = kodemachine.State(self.folder, self.notes)
+            for path in (state.path("machines.json"), state.path("intents", "km-a.json")):
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+            self.assertEqual((state.records(), state.records()), ({}, {}))
+            self.assertIsNone(kodemachine.Intent(state, "km-a").load())
+            self.assertIn("is of no use", self.notes.warn.call_args[0][0])
+        self.assertEqual(self.notes.warn.call_count, 5)
+
+    def test_whoever_looks_at_a_lock_takes_it_from_nobody(self) -> None:
+        path = self.state.path("locks", "a.lock")
+        self.assertFalse(self.state.locked("a"))
+        self.assertFalse(os.path.exists(self.folder))
+        with self.state.lock("a", 1):
+            self.assertTrue(self.state.locked("a"))
+        with open(path, encoding="utf-8") as other:
+            fcntl.flock(other, fcntl.LOCK_SH)           # somebody who looks, too
+            self.assertFalse(self.state.locked("a"))
+
+
 class SpawnCase(Case):
     """With an image, and guests that greet as SSH servers do."""
 
@@ -2939,9 +3020,9 @@ class SpawnTest(SpawnCase):
         process = self.start_km("start", "-d", "alpha")
         wait_for(lambda: self.utm.calls("ip-address"))
         self.utm.change("km-alpha", status="stopped")
-        err = process.communicate(timeout=20)[1].decode()
-        self.assertEqual(process.returncode, 1, err)
-        self.assertIn("km-alpha is stopped: it went off", err)
+        result = self.ended(process)
+        self.assertEqual(result.code, 1, result.err)
+        self.assertIn("km-alpha is stopped: it went off", result.err)
 
     def test_a_machine_without_ssh_is_a_time_out_that_says_what_was_seen(self) -> None:
         with socket.socket() as port:               # bound, and nobody listens
@@ -3332,9 +3413,9 @@ class CrashTest(SpawnCase):
                 if verb == "clone":
                     wait_for(self.clone_is_under_way)
                 process.send_signal(number)
-                out, err = process.communicate(timeout=20)
-                self.assertEqual((process.returncode, out), (128 + number, b""), err)
-                self.assertNotIn(b"Traceback", err)
+                result = self.ended(process)
+                self.assertEqual((result.code, result.out), (128 + number, ""), result.err)
+                self.assertNotIn("Traceback", result.err)
                 self.assertNoChildrenLeft()
                 self.assert_no_half_made_files()
                 self.utm.clear_faults()
@@ -3383,9 +3464,9 @@ class CrashTest(SpawnCase):
 
     def finish(self, processes: list[subprocess.Popen[bytes]]) -> None:
         for process in processes:
-            err = process.communicate(timeout=60)[1].decode()
-            self.assertEqual(process.returncode, 0, err)
-            self.assertNotIn("Traceback", err)
+            result = self.ended(process)
+            self.assertEqual(result.code, 0, result.err)
+            self.assertNotIn("Traceback", result.err)
 
     def lock(self, text: str) -> Any:
         folder = os.path.join(self.home, ".local", "state", "kodemachine", "locks")
@@ -3494,6 +3575,14 @@ class HandoffTest(SpawnCase):
         self.assert_refused(self.change_key())
         self.assertFalse(os.path.exists(self.theirs))
 
+    def test_options_that_this_ssh_does_not_know_and_a_hash_or_an_address_in_known_hosts_are_no_trouble(self) -> None:
+        with open(self.ssh_config, "a", encoding="utf-8") as file:
+            file.write("Host *\nIgnoreUnknown UseKeychain\nUseKeychain yes\nHashKnownHosts yes\nCheckHostIP yes\n")
+        self.utm.fault("exec", error=-2700)         # so that ssh itself learns the key
+        for _ in range(2):
+            self.spawn("alpha", "--", "true")
+            self.assertEqual(self.ours, [f"km-alpha {self.key}"])
+
     def test_without_a_key_from_the_agent_the_first_one_seen_is_kept(self) -> None:
         self.utm.fault("exec", error=-2700)
         for _ in range(2):
@@ -3514,8 +3603,7 @@ class HandoffTest(SpawnCase):
         self.assertEqual(session.stdout.readline(), b"up\n")
         self.use(clone_timeout=0.5, boot_timeout=0.5)
         self.assertEqual(self.km("start", "-d", "alpha").code, 0)
-        self.assertEqual(session.communicate(b"x", timeout=20)[0], b"x")
-        self.assertEqual(session.returncode, 0)
+        self.assertEqual(self.ended(session, "x")[:2], (0, "x"))
 
     def test_a_reader_that_leaves_ends_the_session(self) -> None:
         command = shlex.join(self.command("alpha", "--", "cat", "/dev/zero"))
@@ -5155,8 +5243,8 @@ class StopTest(FleetCase):
         wait_for(lambda: len({args[0] for args in self.asked("stop")}) == 3)  # none of them is off yet
         for label in labels:
             self.utm.change("km-" + label, status="stopped")
-        self.assertEqual(stop.communicate(timeout=20)[1].decode().count(" stopped\n"), 3)
-        self.assertEqual(stop.returncode, 0)
+        result = self.ended(stop)
+        self.assertEqual((result.code, result.err.count(" stopped\n")), (0, 3), result.err)
 
     def test_each_has_its_line_and_the_first_failure_in_their_order_is_the_status(self) -> None:
         self.vm("a", "started")
@@ -5413,9 +5501,7 @@ class DeleteTest(FleetCase):
             delete = self.start_km("delete", "--force", label)
             self.wait_until_asked("stop", uuid)
             self.utm.change(uuid, **change)
-            err = delete.communicate(timeout=20)[1].decode()
-            self.assertEqual(delete.returncode, 4, err)
-            self.assertIn(words, err)
+            self.assert_says(self.ended(delete), 4, words)
         self.assertEqual((self.asked("delete"), len(self.utm.names())), ([], 2))
 
 
@@ -5777,10 +5863,6 @@ class RmTest(FleetCase):
         self.assertEqual(self.states()["km-t"], "started")
         return process
 
-    def end(self, process: subprocess.Popen[bytes]) -> Result:
-        out, err = process.communicate(timeout=20)
-        return Result(process.returncode, out.decode(), err.decode())
-
     def test_the_sessions_status_is_ours_and_its_machine_is_gone(self) -> None:
         result = self.km("t", "--rm", "--", "echo hello; exit 7")
         self.assertEqual((result.code, result.out), (7, "hello\n"), result.err)
@@ -5799,7 +5881,7 @@ class RmTest(FleetCase):
         process = self.session()
         self.utm.change("km-t", name="km-precious")
         other = self.vm("t")
-        result = self.end(process)
+        result = self.ended(process)
         self.assert_says(result, 0, "km-t was not deleted", "kodemachine delete --force t")
         self.assertEqual((self.asked("delete"), self.utm.machine(other)["name"]), ([], "km-t"))
         self.assertIn("km-precious", self.utm.names())
@@ -5808,7 +5890,7 @@ class RmTest(FleetCase):
         for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             process = self.session()
             process.send_signal(number)
-            self.assertEqual((self.end(process).code, self.utm.names()), (code, [IMAGE]))
+            self.assertEqual((self.ended(process).code, self.utm.names()), (code, [IMAGE]))
             self.assertNoChildrenLeft()
 
     def test_signals_while_deleting_do_not_stop_it(self) -> None:
@@ -5823,7 +5905,7 @@ class RmTest(FleetCase):
             self.wait_until_asked("stop", self.utm.machine("km-t")["uuid"])
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 process.send_signal(number)
-            self.assertIn(self.end(process).code, codes)
+            self.assertIn(self.ended(process).code, codes)
             self.assertEqual((self.utm.names(), self.records()), ([IMAGE], {}))
 
     def test_the_terminal_closed_in_the_middle_deletes_all_the_same(self) -> None:
@@ -5863,7 +5945,7 @@ class RmTest(FleetCase):
         process = self.session()
         with self.utm.fake as utm:
             utm.remove(self.utm.fake.vms[1]["uuid"])
-        result = self.end(process)
+        result = self.ended(process)
         self.assertEqual((result.code, "not deleted" in result.err), (0, False), result.err)
 
     def test_one_that_never_got_as_far_as_a_session_is_deleted_too(self) -> None:
@@ -5875,7 +5957,7 @@ class RmTest(FleetCase):
         process = self.start_km("t", "--rm")
         wait_for(lambda: self.asked("ip-address"))
         process.send_signal(signal.SIGINT)
-        self.assertEqual((self.end(process).code, self.utm.names()), (130, [IMAGE]))
+        self.assertEqual((self.ended(process).code, self.utm.names()), (130, [IMAGE]))
 
     def test_after_kill_9_it_is_marked_and_the_next_purge_takes_it_though_it_runs(self) -> None:
         process = self.session()
@@ -5952,6 +6034,7 @@ class StartTest(FleetCase):
         self.assertIn(sshd.host_key_line.split()[1], self.read_state("known_hosts"))
         self.assertEqual(self.km("a", "--", "true").code, 0)  # the same boot: the same keys
         self.assertEqual(self.km("stop", "a").code, 0)
+        self.assertEqual({"disposable", "host_keys"} & set(self.record("a")), set())
         sshd.replace_host_key()
         with open(
             os.path.join(self.utm.guest("km-a"), "etc/ssh/ssh_host_ed25519_key.pub"), "w", encoding="utf-8"
@@ -5972,6 +6055,39 @@ class StartTest(FleetCase):
         self.assertEqual([call["argv"][2:] for call in changes], [[vm["uuid"], "", "1536", "2", *vm["macs"]]])
         self.assertLess(changes[0]["time"], self.utm.calls("start")[0]["time"])
         self.assertEqual((self.utm.machine(IMAGE)["cpus"], self.utm.machine(IMAGE)["memory"]), (4, 4096))
+
+    def test_the_wait_for_another_at_the_fleet_is_no_part_of_the_boot(self) -> None:
+        sshd = self.with_sshd(boot_timeout=1)
+        self.vm("a", start_seconds=0.4)
+        with self.held_lock("fleet"):
+            process = self.start_km("start", "-d", "a")
+            assert process.stderr
+            while b"waiting for another kodemachine" not in process.stderr.readline():
+                pass
+            time.sleep(1)           # as long as the machine has for its boot
+        self.assertEqual(self.ended(process)[:2], (0, sshd.hosts[0] + "\n"))
+
+    def test_one_that_is_turned_on_meanwhile_is_not_changed_and_that_is_said(self) -> None:
+        self.with_sshd()
+        uuid = self.vm("a")
+        self.remember(a={"new": True})
+        self.utm.fault("configure", delay=0.3, when="before")
+        process = self.start_km("start", "-d", "a", "--cpus", "2")
+        wait_for(lambda: self.utm.calls("configure", "osascript"))
+        self.utm.change(uuid, status="started")
+        self.assert_says(self.ended(process), 4, "km-a is started: it was turned on meanwhile", "again")
+
+    def test_a_base_that_is_named_must_be_that_of_a_clone_begun_earlier(self) -> None:
+        self.with_sshd()
+        self.image("kodeimage-v0.1.0")
+        self.utm.option(clone_seconds=0.6)
+        process = self.start_km("start", "-d", "a")
+        wait_for(lambda: self.utm.calls("clone"))
+        process.kill()
+        process.wait()
+        result = self.km("start", "-d", "a", "--base", "kodeimage-v0.1.0")
+        self.assert_says(result, 4, f"km-a was cloned from {IMAGE}", "kodemachine start a --fresh")
+        self.assert_says(self.km("start", "-d", "a", "--base", IMAGE), 0)
 
     def test_what_only_a_new_machine_can_have_is_exit_4_on_an_old_one(self) -> None:
         self.image("other")
@@ -6449,8 +6565,8 @@ class OutTest(FleetCase):
         process = self.start_km("stop", "--all")
         wait_for(lambda: len({args[0] for args in self.asked("stop")}) == 3)
         process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=20)[1]
-        self.assertEqual((process.returncode, b"Traceback" in err), (143, False), err)
+        result = self.ended(process)
+        self.assertEqual((result.code, "Traceback" in result.err), (143, False), result.err)
         self.assertNoChildrenLeft()
 
     def test_only_the_parser_of_the_command_at_hand_is_made(self) -> None:
@@ -6615,9 +6731,24 @@ class ExitStatusTest(SpawnCase, FleetCase):
             process = self.start_km("stop", f"deaf{number}")
             self.wait_until_asked("stop", uuid)
             process.send_signal(number)
-            err = process.communicate(timeout=20)[1]
-            self.assertEqual((process.returncode, b"Traceback" in err), (128 + number, False), err)
+            result = self.ended(process)
+            self.assertEqual((result.code, "Traceback" in result.err), (128 + number, False), result.err)
             self.assertNoChildrenLeft()
+
+    def test_what_the_system_refuses_is_an_error_and_no_traceback(self) -> None:
+        gone = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+        result = self.run_program(["/bin/sh", "-c", gone, "sh", *self.command("start", "-d", ".")])
+        self.assertEqual((result.code, result.err.partition(":")[2].partition("\n")[0]),
+                         (2, " the current folder has no name: No such file or directory"), result.err)
+        command = self.command("stop", "off")
+        command[command.index(self.LAUNCH)] = (
+            "import errno, fcntl\n"
+            "def flock(*_): raise OSError(errno.ENOLCK, 'No locks available')\n"
+            "fcntl.flock = flock\n" + self.LAUNCH
+        )
+        result = self.run_program(command)
+        self.assertRegex(result.err, r"\Astopping off\nkodemachine: the system: No locks available\n  .+\n\Z")
+        self.assertEqual(result.code, 1)
 
     def test_one_that_arrives_in_a_finalizer_is_not_lost(self) -> None:
         patch = (
@@ -7594,10 +7725,7 @@ class CrowdTest(Case):
 
     def crowd(self, *commands: Sequence[str]) -> list[Result]:
         processes = [self.start_km(*words) for words in commands]
-        outputs = [process.communicate(timeout=80) for process in processes]
-        return [
-            Result(process.returncode, out.decode(), err.decode()) for process, (out, err) in zip(processes, outputs)
-        ]
+        return [self.ended(process, timeout=80) for process in processes]
 
     def setUp(self) -> None:
         super().setUp()
