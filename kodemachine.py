@@ -602,7 +602,8 @@ def write_file(path: str, data: str) -> None:
 
     Raises KodeError.
     """
-    make_folder(os.path.dirname(path))
+    if not os.path.isdir(os.path.dirname(path)):        # a configuration may lie in a folder that all share
+        make_folder(os.path.dirname(path))
     beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -964,22 +965,22 @@ class Config:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def _text(self) -> str:
+    def _text(self) -> str | None:
         try:
             text = read_text(self.path)
             if text is not None and os.stat(self.path).st_uid not in (os.geteuid(), 0):
                 raise OSError(errno.EPERM, "belongs to another user")
         except OSError as failure:
             raise UsageError(f"{self.path}: {failure.strerror}", "Mend the file, or move it away.") from None
-        return text or ""
+        return text
 
     def load(self) -> dict[str, Any]:
         """What the file sets, checked. Raises UsageError with the file, the position and what is wrong."""
         text = self._text()
-        if not text:
-            if os.path.exists(self.path):
-                raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
+        if text is None:
             return {}
+        if not text:
+            raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
         try:
             found = json.loads(text, object_pairs_hook=self._pairs)
         except (ValueError, RecursionError) as failure:
@@ -1248,6 +1249,7 @@ class Utmctl:
                 if reply:
                     replies[i] = reply
                     del active[i]
+            self.notes.tick()
         return [replies[i] for i in range(len(calls))]
 
     def insist(self, reply: Reply) -> Reply:
@@ -1258,7 +1260,7 @@ class Utmctl:
             raise Unreachable("utmctl does not find UTM",
                               "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
         if reply.outcome is Outcome.USAGE:
-            raise Unreachable(f"this utmctl is too old: {printable(reply.sentence or reply.err.strip())}",
+            raise Unreachable(f"this utmctl is too old: {reply.sentence or reply.err.strip()}",
                               "Update UTM.")
         return reply
 
@@ -1400,9 +1402,7 @@ def read_bundle(documents: str, uuid: str, name: str) -> Disk:
         if plist["Information"]["UUID"] != uuid:
             return Disk()
         memory = int(plist["System"]["MemorySize"]) << 20
-    except (KeyError, TypeError, AttributeError, plistlib.InvalidFileException, RecursionError, SyntaxError) as failure:
-        raise ValueError(f"{bundle}: {failure}") from None
-    except Exception as failure:        # expat's own error, whose class plistlib does not name
+    except Exception as failure:        # one of many, among them expat's own, whose class plistlib does not name
         raise ValueError(f"{bundle}: {failure}") from None
     return Disk(memory, *disk_usage(bundle))
 
@@ -1576,7 +1576,7 @@ class VM:
                     self.power_on(limit, hide=hide, disposable=disposable)
                     return
                 reply = self._utm.insist(self._utm.call("start", *options, self.uuid))
-                complaint = printable(reply.sentence)
+                complaint = reply.sentence
                 asked, again_at = asked + 1, time.monotonic() + ASK_AGAIN
         raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})",
                        "Look at it in UTM's window, or allow more time with --timeout.")
@@ -1667,7 +1667,7 @@ class VM:
                 proved = all(want in (None, got) for want, got in zip((memory, cpus), map(as_number, lines[1:3])))
                 if proved and lines[3:3 + len(wanted)] == wanted:
                     return
-            problem = printable(reply.sentence) or f"UTM answers {reply.outcome.value}"
+            problem = reply.sentence or f"UTM answers {reply.outcome.value}"
             if reply.outcome is Outcome.REFUSED:
                 raise Unreachable(
                     f"{self.name} was not started: macOS does not permit to check its network address (-1743)",
@@ -1737,7 +1737,7 @@ class VM:
                                  f"First: kodemachine resume {self.name}")
             if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED and not repeated:
                 raise KodeError(
-                    f"{self.name} is paused in memory, but was not saved to disk: {printable(asked.sentence)}",
+                    f"{self.name} is paused in memory, but was not saved to disk: {asked.sentence}",
                     f"It goes on with: kodemachine resume {self.name}",
                 )
             if power is Power.PAUSED:
@@ -1745,7 +1745,7 @@ class VM:
                                f"It goes on with: kodemachine resume {self.name}")
             if power is Power.STARTED and time.monotonic() >= again_at:
                 if asked and asked.outcome is Outcome.FAILED:
-                    raise KodeError(f"{self.name} cannot be suspended: {printable(asked.sentence)}",
+                    raise KodeError(f"{self.name} cannot be suspended: {asked.sentence}",
                                     f"It still runs. To shut it down instead: kodemachine stop {self.name}")
                 repeated = asked is not None
                 asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
@@ -1765,7 +1765,7 @@ class VM:
             if row is None:
                 return
             if row.name != self.name:
-                raise WrongState(f"{self.name} is called {printable(row.name)} now and was not deleted",
+                raise WrongState(f"{self.name} is called {row.name} now and was not deleted",
                                  "See what is there: kodemachine list -a")
             if row.power is Power.UNKNOWN or time.monotonic() < again_at:
                 continue
@@ -1775,7 +1775,7 @@ class VM:
             if asked == 2:
                 break
             reply = self._utm.insist(self._utm.call("delete", self.uuid))
-            complaint = printable(reply.sentence)
+            complaint = reply.sentence
             if reply.outcome is Outcome.FAILED and asked:
                 raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Look at it in UTM's window.")
             asked += 1
@@ -1793,7 +1793,7 @@ class VM:
                 return
             self._must_run()
         raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s"
-                       + (f": {printable(reply.sentence)}" if reply.sentence else ""),
+                       + (f": {reply.sentence}" if reply.sentence else ""),
                        "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
 
     def run(self, argv: Sequence[str], stdin: int | None = None,
@@ -1824,7 +1824,7 @@ class VM:
                             f"Look in the machine: kodemachine ssh {self.name}")
         much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
         raise KodeError(f"the guest agent of {self.name} did not confirm that the command was run: "
-                        f"{printable(reply.sentence) or reply.outcome.value}",
+                        f"{reply.sentence or reply.outcome.value}",
                         much * (stdin is not None) + "It needs qemu-guest-agent in the guest; ssh may still work: "
                         f"kodemachine ssh {self.name}")
 
@@ -1839,7 +1839,7 @@ class VM:
         if match:
             return match.group(1)
         if reply.outcome is Outcome.FAILED:
-            raise KodeError(f"UTM does not tell the serial port of {self.name}: {printable(reply.sentence)}",
+            raise KodeError(f"UTM does not tell the serial port of {self.name}: {reply.sentence}",
                             f"Is it still running? See: kodemachine status {self.name}")
         if reply.outcome is not Outcome.DONE:
             raise TimedOut(f"UTM does not tell the serial port of {self.name} ({reply.outcome.value})",
@@ -1916,7 +1916,7 @@ class Cloner:
         """Raises WrongState if a machine bears that name (compared without case, as UTM's folders are)."""
         clash = next((row for row in rows if row.name.lower() == name), None)
         if clash:
-            raise WrongState(f"there is a machine {printable(clash.name)} already ({clash.uuid})",
+            raise WrongState(f"there is a machine {clash.name} already ({clash.uuid})",
                              "Rename it in UTM, whose folders do not tell upper from lower case, or take another name.")
 
     def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
@@ -1926,7 +1926,7 @@ class Cloner:
         """
         self.must_be_free(name, rows)
         self._await_other_calls(base)
-        return self._bring(base, name, rows, f"cloning {printable(base.name)} to {name}",
+        return self._bring(base, name, rows, f"cloning {base.name} to {name}",
                            ("clone", base.uuid, "--name", name), inherits)
 
     def make(self, name: str, rows: Sequence[Row], words: Sequence[str]) -> Row:
@@ -1985,33 +1985,33 @@ class Cloner:
             ended = bool(reply) or not (call or intent.call_alive())
             new = [row for row in self._utm.rows() if row.uuid not in found["listed"]]
             named = [row for row in new if row.name == name]
-            half = [row for row in new if half_name.fullmatch(row.name)]
+            half = [] if named else [row for row in new if half_name.fullmatch(row.name)]
             if seen != (new, ended):
                 seen, since = (new, ended), time.monotonic()
             settled = time.monotonic() - since >= UNCHANGED
             if len(named) == 1 and named[0].power is not Power.UNKNOWN and (ended or settled):
                 return named[0]
-            if len(named) > 1 or (ended and settled and not named and len(half) > 1):
-                which = ", ".join(f"{printable(row.name)} ({row.uuid})" for row in named or half)
+            if len(named) > 1 or (ended and settled and len(half) > 1):
+                which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
                 raise WrongState(f"more than one machine may be the new {name}: {which}",
                                  f"Name one of them {name} in UTM, and delete or rename the others.")
-            if ended and settled and not named and half and half[0].power is Power.STOPPED:
+            if ended and settled and half and half[0].power is Power.STOPPED:
                 if renames == 3:
                     break
                 self._rename(half[0], name)
                 renames, since = renames + 1, time.monotonic()
-            elif reply and not named and not half:
+            elif reply and not (named or half):
                 problem = self._in_vain(reply, found, name, time.monotonic() - since)
                 if problem:
                     intent.remove()
                     raise problem
                 if time.monotonic() - since >= SETTLE and was_not_heard(reply):
                     return None
-            elif not named and not half and time.monotonic() >= deadline:
+            elif not (named or half) and time.monotonic() >= deadline:
                 break
-        if half and not named:
+        if half:
             raise TimedOut(
-                f"the clone {name} is unfinished: {printable(half[0].name)} ({half[0].uuid}) is {half[0].power.value}",
+                f"the clone {name} is unfinished: {half[0].name} ({half[0].uuid}) is {half[0].power.value}",
                 f"When UTM is done with it, run this again; or rename it to {name} in UTM.",
             )
         if call:
@@ -2021,7 +2021,7 @@ class Cloner:
 
     def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
         """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
-        base = printable(found["base"])
+        base = found["base"]
         deed = f"clone {base} to {name}" if found["base_uuid"] else f"make {name}"
         try:
             self._utm.insist(reply)
@@ -2031,7 +2031,7 @@ class Cloner:
             running = [row for row in self._utm.rows() if row.uuid == found["base_uuid"]
                        and row.power is not Power.STOPPED]
             return KodeError(
-                f"UTM could not {deed}: {printable(reply.sentence)}",
+                f"UTM could not {deed}: {reply.sentence}",
                 f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running
                 else "Is the disk full? Try it in UTM's window; it may show more.",
             )
@@ -2042,17 +2042,17 @@ class Cloner:
 
     def _rename(self, row: Row, name: str) -> None:
         """Completes UTM's half-done renaming of a machine that is provably ours."""
-        self._notes.step(f"completing the name of {printable(row.name)}: {name}")
+        self._notes.step(f"completing the name of {row.name}: {name}")
         try:
             reply = self._utm.insist(VM(self._utm, row).configure(name=name))
         except Unreachable as failure:
             raise Unreachable(
-                f"the new machine is still called {printable(row.name)} ({row.uuid}), and cannot be renamed: "
+                f"the new machine is still called {row.name} ({row.uuid}), and cannot be renamed: "
                 f"{failure.message}",
                 f"Rename it to {name} in UTM, then run this again.",
             ) from None
         if reply.outcome is not Outcome.DONE:
-            self._notes.warn(f"UTM did not rename {printable(row.name)}: {printable(reply.sentence)}")
+            self._notes.warn(f"UTM did not rename {row.name}: {reply.sentence}")
 
 
 class Handoff:
@@ -2179,7 +2179,7 @@ class Manager:
                              "See: kodemachine help")
         if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
             raise UsageError(
-                f"{printable(text)!r} cannot be a label",
+                f"{text!r} cannot be a label",
                 "A label has lower-case letters, digits and inner hyphens, such as project-alpha.",
             )
         if len(self.settings.prefix + label) > 63:
@@ -2315,7 +2315,7 @@ class Manager:
         with self.fleet():
             found = Intent(self.state, name).load()
             if found and found["base_uuid"] != vm.uuid:
-                raise WrongState(f"an earlier run began to clone {printable(found['base'])} to {name}",
+                raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
                                  f"To complete that: kodemachine {new}")
             row = self.cloner.finish(name)
             rows = self.utm.rows()
@@ -2343,7 +2343,7 @@ class Manager:
             raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself", again)
         image = record.get("image") or {}
         if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
-            raise WrongState(f"{row.name} was cloned from {printable(image.get('name', 'an unknown image'))}", again)
+            raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
         unstarted = record.get("new") and row.power is Power.STOPPED    # by a run that was cut off
         if (wishes.cpus or wishes.memory) and not unstarted:
             raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
@@ -2362,25 +2362,25 @@ class Manager:
 
     def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
         """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
-        names = ", ".join(sorted(printable(row.name) for row in self.images(rows))) or "none yet"
+        names = ", ".join(sorted(row.name for row in self.images(rows))) or "none yet"
         wanted = wanted or self.configured(rows)
         if wanted is None:
             raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
                            "(README: The golden image).")
         found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()]
         if not found:
-            raise NotFound(f"there is no image {printable(wanted)}", f"Images: {names}. Choose one with --base, or: "
+            raise NotFound(f"there is no image {wanted}", f"Images: {names}. Choose one with --base, or: "
                            "kodemachine config set base_image NAME")
         if len(found) > 1:
             raise WrongState(
-                f"{len(found)} machines are called {printable(wanted)}: " + ", ".join(row.uuid for row in found),
+                f"{len(found)} machines are called {wanted}: " + ", ".join(row.uuid for row in found),
                 "Rename one of them in UTM.",
             )
         if found[0] in self.clones(rows):
             raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
         if found[0].power is not Power.STOPPED:
             raise WrongState(
-                f"the image {printable(wanted)} is {found[0].power.value}; only a stopped one can be cloned",
+                f"the image {wanted} is {found[0].power.value}; only a stopped one can be cloned",
                 f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}",
             )
         return found[0]
@@ -2462,7 +2462,7 @@ class Manager:
         if reply.outcome is not Outcome.DONE or any(told.get(key) != value for key, value in wanted.items()):
             self._notes.warn(
                 f"the guest agent did not name {vm.name} ({reply.outcome.value}"
-                + (f": {printable(reply.sentence)}" if reply.sentence else "")
+                + (f": {reply.sentence}" if reply.sentence else "")
                 + "); the next start tries again"
             )
             return None
@@ -2860,7 +2860,7 @@ def user_name(name: str | None) -> str:
 
     name = name or pwd.getpwuid(os.geteuid()).pw_name
     if not SETTINGS["ssh_user"][1](name):
-        raise UsageError(f"{printable(name)!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
+        raise UsageError(f"{name!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
     return name
 
 
@@ -2878,12 +2878,12 @@ class Images:
         found = [row for row in rows if row.name == text or row.uuid == text.upper()
                  or (row.name == name and self._manager.label_of(name))]
         if len(found) > 1:
-            raise WrongState(f"{printable(text)} may be one of {len(found)} machines: "
-                             + ", ".join(f"{printable(row.name)} ({row.uuid})" for row in found), "Name its UUID.")
+            raise WrongState(f"{text} may be one of {len(found)} machines: "
+                             + ", ".join(f"{row.name} ({row.uuid})" for row in found), "Name its UUID.")
         if not found:
-            raise NotFound(f"there is no machine {printable(text)}", "See them all: kodemachine list -a")
+            raise NotFound(f"there is no machine {text}", "See them all: kodemachine list -a")
         if found[0] in self._manager.images(rows) or found[0].name.startswith("kodeimage-"):
-            raise WrongState(f"{printable(found[0].name)} is an image, and images are never changed",
+            raise WrongState(f"{found[0].name} is an image, and images are never changed",
                              "Seal a clone of it instead.")
         return found[0]
 
@@ -2892,7 +2892,7 @@ class Images:
         """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
         row = self._sealable(text)
         name = row.name if self._manager.label_of(row.name) else row.uuid    # foreign names may not do for a file's
-        with self._state.lock(name, self._manager.settings.lock_limit, what=printable(row.name)):
+        with self._state.lock(name, self._manager.settings.lock_limit, what=row.name):
             row = self._sealable(row.uuid)
             record = self._manager.record_of(row.uuid)
             if record.get("saved"):
@@ -2953,7 +2953,7 @@ class Images:
                     return
                 if reply.outcome is Outcome.FAILED:
                     break
-            raise KodeError(f"UTM did not rename {vm.name} to {name}: {printable(reply.sentence)}",
+            raise KodeError(f"UTM did not rename {vm.name} to {name}: {reply.sentence}",
                             "Rename it in UTM, or run the same command again.")
 
     def is_first(self, vm: VM) -> bool:
@@ -3160,7 +3160,7 @@ class Creator:
     @staticmethod
     def _must(program: str, reply: Reply) -> str:
         if reply.outcome is not Outcome.DONE:
-            raise KodeError(printable(reply.sentence) or f"{program} ended with {reply.code} ({reply.outcome.value})",
+            raise KodeError(reply.sentence or f"{program} ended with {reply.code} ({reply.outcome.value})",
                             "Mend that.")
         return reply.out
 
@@ -3311,7 +3311,7 @@ class Creator:
                 return
             if reply.outcome is Outcome.FAILED:
                 break
-        raise KodeError(f"UTM did not take the seed out of {vm.name}: {printable(reply.sentence)}",
+        raise KodeError(f"UTM did not take the seed out of {vm.name}: {reply.sentence}",
                         "Look at it in UTM's window, then run the same command again.")
 
 
@@ -3389,9 +3389,9 @@ class Doctor:
         number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
         if not number:
             return [(WARNING, "UTM does not tell its version: it is older than 4.7.2, or does not answer", UPDATE)]
-        bad = [(level, f"UTM {printable(version)} {trouble}", UPDATE)
+        bad = [(level, f"UTM {version} {trouble}", UPDATE)
                for first, last, level, trouble in BAD_VERSIONS if first <= number <= last]
-        return bad or [(OK, f"UTM {printable(version)}", "")]
+        return bad or [(OK, f"UTM {version}", "")]
 
     def _bundle_version(self) -> str:
         """As the application's Info.plist has it: without an Apple Event, and older ones have no other way."""
@@ -3429,7 +3429,7 @@ class Doctor:
         if reply.outcome is Outcome.REFUSED:
             raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
                             NOT_ALLOWED)
-        raise KodeError(f"osascript learns nothing from UTM: {printable(reply.sentence) or reply.outcome.value}",
+        raise KodeError(f"osascript learns nothing from UTM: {reply.sentence or reply.outcome.value}",
                         "Look at UTM's window, then run this again.")
 
     def _session(self) -> Iterable[Words]:
@@ -3441,14 +3441,14 @@ class Doctor:
 
     def _base(self) -> Iterable[Words]:
         self._image = self._manager.base(self._rows, None)
-        yield OK, f"{printable(self._image.name)} is there, and stopped", ""
+        yield OK, f"{self._image.name} is there, and stopped", ""
 
     def _devices(self) -> Iterable[Words]:
-        name = printable(self._image.name)
+        name = self._image.name
         reply = self._utm.script(DEVICES, self._image.uuid)
         told = reply.out.split("\n")
         if reply.outcome is not Outcome.DONE or not told[0].startswith("backend "):
-            yield (WARNING, f"UTM does not tell the devices of {name}: {printable(reply.sentence)}",
+            yield (WARNING, f"UTM does not tell the devices of {name}: {reply.sentence}",
                    "See in its settings that it has no display, and a serial device in mode Pseudo-TTY.")
             return
         if "backend qemu" not in told:
@@ -3487,7 +3487,7 @@ class Doctor:
         for name in sorted(ours):
             uuids = [row.uuid for row in self._rows if row.name.lower() == name]
             if len(uuids) > 1:
-                yield (ERROR, f"{len(uuids)} machines are called {printable(name)}: {', '.join(uuids)}",
+                yield (ERROR, f"{len(uuids)} machines are called {name}: {', '.join(uuids)}",
                        "Rename or delete one of them in UTM.")
 
     def _mac_addresses(self) -> Iterable[Words]:
@@ -3502,7 +3502,7 @@ class Doctor:
         for mac, rows in holders.items():
             if len(rows) > 1 and any(row in clones for row in rows):
                 both_run = sum(row.power is not Power.STOPPED for row in rows) > 1
-                names = " and ".join(printable(row.name) for row in rows)
+                names = " and ".join(row.name for row in rows)
                 yield (ERROR if both_run else WARNING, f"{names} have one MAC address, {mac}",
                        "Stop one; in its settings in UTM: Network > MAC Address > Random.")
 
@@ -3533,7 +3533,7 @@ class Doctor:
         for row in self._rows:
             base, _, number = row.name.rpartition(" ")
             if base in bases and number.isdigit() and not self._state.locked("fleet"):
-                yield (WARNING, f"{printable(row.name)} ({row.uuid}) is what a clone leaves that was cut off",
+                yield (WARNING, f"{row.name} ({row.uuid}) is what a clone leaves that was cut off",
                        "Run that command again, which completes it, or delete it in UTM if it is none of yours.")
 
     # -- this computer
@@ -3557,7 +3557,7 @@ class Doctor:
             if not Intent(state, name).call_alive() and not state.locked(name):
                 label = self._manager.label_of(name)
                 path = state.path("intents", name + ".json")
-                yield (WARNING, f"the cloning of {printable(name)} was cut off",
+                yield (WARNING, f"the cloning of {name} was cut off",
                        f"To complete it: kodemachine {label}" if label else f"rm {shlex.quote(path)}")
         for folder in (state.folder, state.path("intents")):
             for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -3662,7 +3662,7 @@ def open_line(port: str) -> int:
                 connection.setblocking(False)
                 return os.dup(connection.fileno())
         except (OSError, ValueError, OverflowError) as failure:
-            raise KodeError(f"cannot connect to the serial port at {printable(port)}: {failure}",
+            raise KodeError(f"cannot connect to the serial port at {port}: {failure}",
                             "Is another program connected to it? A TCP port takes one at a time.") from None
     import termios
     import tty
@@ -3670,12 +3670,12 @@ def open_line(port: str) -> int:
     try:
         line = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as failure:
-        raise KodeError(f"cannot open the serial port {printable(port)}: {failure.strerror}",
+        raise KodeError(f"cannot open the serial port {port}: {failure.strerror}",
                         "UTM may still tell the device of an earlier run: stop and start the machine.") from None
     info = os.fstat(line)
     if not stat.S_ISCHR(info.st_mode) or info.st_uid != os.geteuid():
         os.close(line)
-        raise KodeError(f"{printable(port)} is not a serial port of yours, and was not used",
+        raise KodeError(f"{port} is not a serial port of yours, and was not used",
                         "UTM may still tell the device of an earlier run: stop and start the machine.")
     with contextlib.suppress(termios.error):
         tty.setraw(line, termios.TCSANOW)       # or the line would echo what it is sent; what it said already stays
@@ -3773,14 +3773,17 @@ def escape_byte(text: str) -> bytes:
         return bytes([ord(match.group(1).upper()) & 0x1F])
     if len(text) == 1 and text.isascii():
         return text.encode()
-    raise UsageError(f"{printable(text)!r} is no escape key", "Such as: --escape ctrl-a, or --escape none")
+    raise UsageError(f"{text!r} is no escape key", "Such as: --escape ctrl-a, or --escape none")
 
 
 # ---- what a person or a pipe reads
 
 
 class Out(Notes):
-    """Results on stdout, all else on stderr: on a terminal progress is one live line per step."""
+    """Results on stdout, all else on stderr: on a terminal progress is one live line per step.
+
+    What a terminal would obey is taken out of texts here, and nowhere before.
+    """
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
@@ -3987,14 +3990,14 @@ def all_names() -> set[str]:
 def seconds(text: str) -> float:
     """A positive number of seconds."""
     if not re.fullmatch(r"\d{1,6}(?:\.\d+)?|\.\d+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
     return float(text)
 
 
 def count(text: str) -> int:
     """A positive whole number."""
     if not re.fullmatch(r"[1-9]\d{0,2}", text):
-        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no positive whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
 
 
@@ -4003,14 +4006,14 @@ def mebibytes(text: str) -> int:
     with contextlib.suppress(ValueError):
         if 32 <= parse_size(text) >> 20 < 1 << 24:
             return parse_size(text) >> 20
-    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of memory, such as 4G or 512M")
+    raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 4G or 512M")
 
 
 def period(text: str) -> float:
     """A length of time, in seconds."""
     with contextlib.suppress(ValueError):
         return parse_age(text)
-    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no length of time, such as 12h or 7d")
+    raise argparse.ArgumentTypeError(f"{text!r} is no length of time, such as 12h or 7d")
 
 
 LABEL_ARG = option("label", help="the machine")
@@ -4326,10 +4329,10 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     """run what follows -- as root through the guest agent, without network or ssh"""
     if not opts.rest:
         raise UsageError("exec needs a command after --",
-                         f"Such as: kodemachine exec {printable(opts.label)} -- ip addr")
+                         f"Such as: kodemachine exec {opts.label} -- ip addr")
     if opts.input and sys.stdin.isatty():
         raise UsageError("--input takes a file or a pipe, not a terminal",
-                         f"For a terminal: kodemachine ssh {printable(opts.label)}")
+                         f"For a terminal: kodemachine ssh {opts.label}")
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power is not Power.STARTED:
         raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {opts.label}")
@@ -4408,7 +4411,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
 
     label = ctx.manager.label_of(opts.name)
     if label is None:
-        raise NotFound(f"{printable(opts.name)} is no machine's name", "See what is there: kodemachine list")
+        raise NotFound(f"{opts.name} is no machine's name", "See what is there: kodemachine list")
     ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address = ctx.manager.running(label)
@@ -4767,7 +4770,7 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
 def version(text: str) -> str:
     """The name of the image of that version. For argparse."""
     if not IMAGE.fullmatch("kodeimage-" + text):
-        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no version, such as v0.2.0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no version, such as v0.2.0")
     return "kodeimage-" + text
 
 
@@ -4776,7 +4779,7 @@ def disk_size(text: str) -> int:
     with contextlib.suppress(ValueError):
         if 1 << 30 <= parse_size(text) < 1 << 46:
             return parse_size(text) >> 20 << 20
-    raise argparse.ArgumentTypeError(f"{printable(text)!r} is no size of a disk, such as 64G")
+    raise argparse.ArgumentTypeError(f"{text!r} is no size of a disk, such as 64G")
 
 
 @command("base list", JSON, examples=["base list"])
@@ -5125,7 +5128,7 @@ def cmd_help(ctx: Context, opts: Arguments) -> int:
     topic = " ".join(opts.topic)
     if topic and topic not in all_names():
         near = near_command(topic)
-        raise UsageError(f"there is no command {printable(topic)}" + (f"; did you mean {near!r}?" if near else ""),
+        raise UsageError(f"there is no command {topic}" + (f"; did you mean {near!r}?" if near else ""),
                          "See: kodemachine help")
     build_parser().parse_args([*opts.topic, "--help"])
     return 0
@@ -5247,7 +5250,7 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     takes_rest = opts.command in TAKES_REST
     if unknown:
         hint = "A command to run in the machine stands behind --. " * takes_rest
-        raise UsageError(f"{opts.command or 'kodemachine'} does not take {printable(unknown[0])!r}",
+        raise UsageError(f"{opts.command or 'kodemachine'} does not take {unknown[0]!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
     if rest is not None and not takes_rest:
         raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --",

@@ -7800,6 +7800,20 @@ class StateFolderTest(Case):
         self.assertEqual(result.code, 2)
         self.assertIn("belongs to another user", result.err)
 
+    def test_a_configuration_may_lie_in_a_folder_of_somebody_else(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can give files away")
+        shared = os.path.join(self.folder, "shared")
+        os.mkdir(shared)
+        os.chown(shared, pwd.getpwnam("nobody").pw_uid, -1)
+        path = os.path.join(shared, "config.json")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("{}")
+        result = self.km("--config", path, "config", "set", "boot_timeout", "7")
+        self.assertEqual(result.code, 0, result.err)
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"boot_timeout": 7})
+
 
 # ---- words that are a little wrong
 
