@@ -795,8 +795,7 @@ class State:
             make_folder(self.folder)        # somebody else's would be a lie
         try:
             found = json.loads(read_text(self.path("machines.json")) or "{}")
-            if isinstance(found, dict) and all(isinstance(record, dict) and isinstance(record.get("image") or {}, dict)
-                                               for record in found.values()):
+            if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
                 return found
             problem = "not what kodemachine wrote"
         except (ValueError, RecursionError, OSError) as failure:
@@ -2148,6 +2147,12 @@ echo "end=$label"
 """
 
 
+def image_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The image that a machine was cloned from, as it is recorded: its name and UUID; {} if that is not known."""
+    image = record.get("image")
+    return image if isinstance(image, dict) else {}
+
+
 def without_trace(record: dict[str, Any]) -> dict[str, None]:
     """The keys of a record to drop when a boot that leaves no trace in the machine (--disposable) is over."""
     keys = ["disposable", *["host_keys"] * (not record.get("personality"))] if record.get("disposable") else []
@@ -2196,9 +2201,9 @@ class Manager:
         return label if ours and not label.startswith(self.settings.prefix) else None
 
     def _image_uuids(self) -> set[str]:
-        images = (record.get("image") for record in self.state.records().values()
-                  if not IMAGE.fullmatch(str(record.get("name"))))      # what an image was made from, is none itself
-        return {image["uuid"] for image in images if isinstance(image, dict) and isinstance(image.get("uuid"), str)}
+        bases = (image_of(record).get("uuid") for record in self.state.records().values()
+                 if not IMAGE.fullmatch(str(record.get("name"))))       # what an image was made from, is none itself
+        return {uuid for uuid in bases if isinstance(uuid, str)}
 
     def images(self, rows: Sequence[Row]) -> list[Row]:
         """The golden images among the rows: the configured one, any kodeimage-v..., and any that a clone came from."""
@@ -2341,7 +2346,7 @@ class Manager:
         again = f"To replace it: kodemachine start {label} --fresh"
         if wishes.only_new:
             raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself", again)
-        image = record.get("image") or {}
+        image = image_of(record)
         if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
             raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
         unstarted = record.get("new") and row.power is Power.STOPPED    # by a run that was cut off
@@ -2525,7 +2530,7 @@ class Manager:
         found = []
         for row in rows:
             record, on_disk = records.get(row.uuid, {}), disks.get(row.uuid, Disk())
-            image = record.get("image") if isinstance(record.get("image"), dict) else {}
+            image = image_of(record)
             found.append(
                 Machine(
                     None if row in images else self.label_of(row.name),
@@ -4718,8 +4723,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
     names = [row.name for row in listed]
     for row in manager.clones(listed):
         record = records.get(row.uuid, {})
-        image, age = record.get("image"), age_of(record.get("created"))
-        origin = image.get("name") if isinstance(image, dict) else None
+        origin, age = image_of(record).get("name"), age_of(record.get("created"))
         if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
             unknown += 1
         elif (opts.older_than is not None and age is not None and age < opts.older_than) \
@@ -4788,7 +4792,7 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     manager = ctx.manager
     rows = manager.utm.rows(tolerant=True)
     records = manager.state.records()
-    origins = [(records.get(row.uuid, {}).get("image") or {}).get("uuid") for row in manager.clones(rows)]
+    origins = [image_of(records.get(row.uuid, {})).get("uuid") for row in manager.clones(rows)]
     machines = manager.survey(manager.images(rows), ip=False)
     configured = manager.configured(rows)
     facts = [{"name": machine.name, "uuid": machine.uuid, "status": machine.status, "size": machine.size,
