@@ -60,6 +60,7 @@ candidates() {
 find_python() {
   ask='import sys; print("%d.%d.%d" % sys.version_info[:3]); sys.exit(sys.version_info < (3, 9))'
   passed=
+  [ -z "${PYTHON:-}" ] || command -v "$PYTHON" >/dev/null || die 1 "PYTHON=$PYTHON: there is no such program"
   while IFS= read -r python; do
     [ -n "$python" ] || continue
     if python_version=$("$python" -IS -c "$ask" 2>/dev/null </dev/null); then

@@ -70,6 +70,7 @@ DOWNLOAD_LIMIT = 14400.0        # for an image, as long as it comes at all: curl
 CREATE_LIMIT = 900.0    # for a new machine's first boot, and then for cloud-init, which may install the guest agent
 SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
+UNFINISHED = "unfinished-"      # before the name of an image that is being made: no image's name, and no clone's
 SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
@@ -609,7 +610,7 @@ def write_file(path: str, data: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(beside)
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
             os.fchmod(handle, 0o600)
             file.write(data)
             file.flush()
@@ -639,8 +640,11 @@ def make_folder(path: str) -> None:
         raise KodeError(f"{path} belongs to another user", "Remove it, or set XDG_STATE_HOME to a folder of your own.")
 
 
-def read_text(path: str) -> str | None:
-    """The text of a regular file of at most 16 MiB, None if there is none. Raises OSError, never blocks on a fifo."""
+def read_text(path: str, errors: str = "replace") -> str | None:
+    """The text of a regular file of at most 16 MiB, None if there is none. Raises OSError, never blocks on a fifo.
+
+    `errors`: what becomes of what is not UTF-8; with "surrogateescape", write_file writes it as it was.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -649,7 +653,7 @@ def read_text(path: str) -> str | None:
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file")
     with open(handle, "rb") as file:
-        return file.read(16 << 20).decode("utf-8", "replace")
+        return file.read(16 << 20).decode("utf-8", errors)
 
 
 def is_locked(path: str) -> bool:
@@ -833,6 +837,8 @@ class State:
         def change(records: dict[str, dict[str, Any]]) -> None:
             for uuid in [u for u, record in records.items() if record.get("name") == name and u not in listed]:
                 del records[uuid]
+                with contextlib.suppress(OSError):      # no machine will ever bear that UUID again
+                    os.unlink(self.path("locks", f"{uuid}.session.lock"))
         if os.path.isdir(self.folder):
             self._rewrite(change)
             if not any(record.get("name") == name for record in self.records().values()):
@@ -973,8 +979,11 @@ class Config:
             raise UsageError(f"{self.path}: {failure.strerror}", "Mend the file, or move it away.") from None
         return text
 
-    def load(self) -> dict[str, Any]:
-        """What the file sets, checked. Raises UsageError with the file, the position and what is wrong."""
+    def load(self, unless: str = "") -> dict[str, Any]:
+        """What the file sets, checked but for the key `unless`.
+
+        Raises UsageError with the file, the position and what is wrong.
+        """
         text = self._text()
         if text is None:
             return {}
@@ -989,7 +998,8 @@ class Config:
         if not isinstance(found, dict):
             raise UsageError(f"{self.path}:1:1: not a JSON object", 'It must look like {"ssh_user": "me"}.')
         for key, value in found.items():
-            self._check(key, value, self._position(text, key))
+            if key != unless:
+                self._check(key, value, self._position(text, key))
         return found
 
     @staticmethod
@@ -1025,13 +1035,14 @@ class Config:
 
     def set(self, key: str, text: str) -> None:
         """Sets one key (an empty text unsets it) and keeps the others. A symlinked file keeps its link."""
-        found = self.load()
-        found.pop(key, None)
+        found = self.load(unless=key)       # so what is wrong with it can be mended
+        was_set = found.pop(key, None) is not None
         value: object = text
         if key in SETTINGS and type(Settings._field_defaults[key]) in (int, float, bool):
             with contextlib.suppress(ValueError):
                 value = json.loads(text)
-        self._check(key, None if text == "" else value, "config")
+        if text != "" or not was_set:
+            self._check(key, None if text == "" else value, "config")
         if text != "":
             found[key] = value
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
@@ -1864,10 +1875,14 @@ def local_network_rules() -> bool:
     return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
 
 
-def own_path() -> str:
-    """The absolute path of this program; install.sh makes it a zip application, inside of which `__file__` is."""
+def own_command() -> list[str]:
+    """The words that start this program from anywhere.
+
+    install.sh makes it a zip application, inside of which `__file__` is; its first line names a Python whose path
+    outlives an upgrade, as that of the one which runs may not.
+    """
     path = os.path.realpath(__file__)
-    return path if os.path.exists(path) else os.path.dirname(path)
+    return [sys.executable, "-IS", path] if os.path.exists(path) else [os.path.dirname(path)]
 
 
 def as_words(options: dict[str, str]) -> list[str]:
@@ -2057,8 +2072,8 @@ class Cloner:
 class Handoff:
     """What ssh and scp are told, so that a session ends in that very machine or not at all."""
 
-    def __init__(self, settings: Settings, state: State) -> None:
-        self._settings, self._state = settings, state
+    def __init__(self, settings: Settings, state: State, words: Sequence[str]) -> None:
+        self._settings, self._state, self._words = settings, state, words
 
     def pin(self, vm: VM) -> bool:
         """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
@@ -2100,10 +2115,10 @@ class Handoff:
     def name_options(self) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
 
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. Interpreter and program by
-        absolute path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
+        No Port and no HostKeyAlias: so the host key is looked up under the plain name. The program by its absolute
+        path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
-        proxy = shlex.join([sys.executable, "-IS", own_path()]).replace("%", "%%")
+        proxy = shlex.join([*own_command(), *self._words]).replace("%", "%%")
         return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
 
 
@@ -2162,10 +2177,11 @@ def without_trace(record: dict[str, Any]) -> dict[str, None]:
 class Manager:
     """The fleet: from a label to a machine, and everything that is done to machines."""
 
-    def __init__(self, settings: Settings, utm: Utmctl, state: State) -> None:
+    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str] = ()) -> None:
+        """`words`: what a kodemachine that others start for us has to be told on its command line."""
         self.settings, self.utm, self.state = settings, utm, state
         self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
-        self.handoff = Handoff(settings, state)
+        self.handoff = Handoff(settings, state, words)
 
     # -- names
 
@@ -2207,9 +2223,9 @@ class Manager:
 
     def images(self, rows: Sequence[Row]) -> list[Row]:
         """The golden images among the rows: the configured one, any kodeimage-v..., and any that a clone came from."""
-        bases = self._image_uuids()
-        return [row for row in rows if row.name == self.settings.base_image or row.name.startswith("kodeimage-v")
-                or row.uuid in bases]
+        bases, own = self._image_uuids(), self.settings.base_image or ""
+        return [row for row in rows if row.name == own or row.name.startswith("kodeimage-v")
+                or row.uuid in (own.upper(), *bases)]
 
     def clones(self, rows: Sequence[Row]) -> list[Row]:
         """The machines that are ours: the prefix and a valid label make the name, and it is no image."""
@@ -2278,6 +2294,8 @@ class Manager:
                 return VM(self.utm, self._clone(label, wishes)), None
             self.cloner.adopt(row)
             self._keep_as_it_is(row, label, wishes)
+            if self.is_orphan(row, self.record_of(row.uuid)):
+                self.state.record(row.uuid, rm=None)        # somebody wants it after all
             if row.uuid in known and row.power is Power.STARTED:
                 kept, call = call, None
                 return VM(self.utm, row), kept
@@ -2295,9 +2313,7 @@ class Manager:
                 self._keep_as_it_is(row, label, wishes)
             rows = self.utm.rows()
             if row is None:
-                if self.settings.first_boot:
-                    open_script(self.settings.first_boot).close()       # said now, and not by the new machine
-                row = self.cloner.clone(self.base(rows, wishes.base), name, rows)
+                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows)
                 self.cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
@@ -2361,9 +2377,11 @@ class Manager:
 
     def configured(self, rows: Sequence[Row]) -> str | None:
         """The name of the image that new machines come from: the configured one, or the highest version there is."""
+        own = self.settings.base_image
+        if own:
+            return next((row.name for row in rows if row.uuid == own.upper()), own)
         versions = [row.name for row in rows if IMAGE.fullmatch(row.name)]
-        return self.settings.base_image or max(
-            versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
+        return max(versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
 
     def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
         """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
@@ -2389,6 +2407,12 @@ class Manager:
                 f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}",
             )
         return found[0]
+
+    def base_for_new(self, rows: Sequence[Row], wanted: str | None) -> Row:
+        """The image for a machine that is to be made now. Raises KodeError if that could not succeed."""
+        if self.settings.first_boot:
+            open_script(self.settings.first_boot).close()       # said now, and not by the new machine
+        return self.base(rows, wanted)
 
     def bring_up(self, vm: VM, label: str, wishes: Wishes, call: Call | None = None) -> str:
         """Starts or resumes a machine, waits for its ssh server and gives it its name; returns the address.
@@ -2547,7 +2571,7 @@ class Manager:
             )
         return found
 
-    # -- the everyday verbs; callers hold the label's lock, but for `purge_list`
+    # -- the everyday verbs; callers hold the label's lock
 
     def stop(self, label: str, limit: float, *, force: bool = False, kill: bool = False) -> str:
         """Turns a machine off, asking the guest first unless told otherwise; returns what was done."""
@@ -2626,11 +2650,11 @@ class Manager:
 
     def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
         """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
-        return self.state.lock(vm.name + ".session", 5.0)       # a `list` that looks holds it for a moment
+        return self.state.lock(vm.uuid + ".session", 5.0)       # a `list` that looks holds it for a moment
 
     def is_orphan(self, row: Row, record: dict[str, Any]) -> bool:
         """Whether a machine was made with --rm, as its record says, and its kodemachine is no more."""
-        return bool(record.get("rm")) and not self.state.locked(row.name + ".session")
+        return bool(record.get("rm")) and not self.state.locked(row.uuid + ".session")
 
 
 # ---- golden images
@@ -2652,8 +2676,8 @@ hint() {
 }
 step() {
   found=$(find_"$1" 2>/dev/null | brief)
-  case $mode-$found in
-    *-) say "$1" ok;;
+  case ${found:+$mode}-$found in
+    -) say "$1" ok;;
     check-*) say "$1" would "$found";;
     prove-*) bad "$1" "$found";;
     *) said=$(fix_"$1" 2>&1 </dev/null | tail -n 1)
@@ -2664,8 +2688,8 @@ step() {
 # For what comes back by itself while the machine runs: it is not proved.
 tidy() {
   found=$(find_"$1" 2>/dev/null | brief)
-  case $mode-$found in
-    prove-* | *-) say "$1" ok;;
+  case ${found:+$mode}-$found in
+    prove-* | -) say "$1" ok;;
     check-*) say "$1" would "$found";;
     *) fix_"$1" >/dev/null 2>&1 </dev/null; say "$1" 'done' "$found";;
   esac
@@ -2853,8 +2877,9 @@ def public_key(identity_file: str | None) -> str:
     for place in places:
         with contextlib.suppress(OSError):
             first = (read_text(place) or "").partition("\n")[0]
-            if re.fullmatch(r"(?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: [ -~]*)?", first):
-                return first
+            found = re.match(r"((?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*)(?:\s|$)", first)
+            if found:                   # in a comment anything may stand
+                return first if first.isascii() and first.isprintable() else found[1]
     raise KodeError(f"there is no public key of yours at {' or '.join(places[:1] if identity_file else places[:3])}",
                     "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH")
 
@@ -2863,7 +2888,10 @@ def user_name(name: str | None) -> str:
     """The user in the guest: `name`, or else the login name, as ssh takes it. Raises UsageError."""
     import pwd
 
-    name = name or pwd.getpwuid(os.geteuid()).pw_name
+    try:
+        name = name or pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        raise UsageError("your user has no name here", "Set one: --user or ssh_user") from None
     if not SETTINGS["ssh_user"][1](name):
         raise UsageError(f"{name!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
     return name
@@ -2961,10 +2989,9 @@ class Images:
             raise KodeError(f"UTM did not rename {vm.name} to {name}: {reply.sentence}",
                             "Rename it in UTM, or run the same command again.")
 
-    def is_first(self, vm: VM) -> bool:
-        """Whether there is no other image, and none is configured."""
-        images = self._manager.images(self._utm.rows())
-        return not self._manager.settings.base_image and {row.uuid for row in images} <= {vm.uuid}
+    def is_only(self, vm: VM) -> bool:
+        """Whether there is no other image."""
+        return {row.uuid for row in self._manager.images(self._utm.rows())} <= {vm.uuid}
 
 
 class Sealer:
@@ -3099,7 +3126,7 @@ class Creator:
     def __init__(self, manager: Manager, cache: str, plan: Plan) -> None:
         self._manager, self._utm, self._notes, self._plan = manager, manager.utm, manager.utm.notes, plan
         self._images, self._cache = Images(manager), cache
-        self._working_name = "unfinished-" + plan.name      # no image's and no clone's
+        self._working_name = UNFINISHED + plan.name
 
     def create(self) -> VM:
         """Makes the image, or goes on where an earlier run ended. Raises WrongState if a machine bears its name."""
@@ -3154,7 +3181,12 @@ class Creator:
             if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
                 return row
         Cloner.must_be_free(self._plan.name, rows)
-        return self._images.made(self._working_name)
+        made = self._images.made(self._working_name)
+        stray = next((row.uuid for row in rows if row.name == self._working_name), None)
+        if stray and not made:
+            raise WrongState(f"there is a machine {self._working_name} ({stray}) that kodemachine knows nothing of",
+                             "Delete it in UTM, then run the same command again.")
+        return made
 
     # -- the disk
 
@@ -3180,7 +3212,10 @@ class Creator:
         """A copy of the distribution's image, as large as the person wants it."""
         kind = {"aarch64": "arm64", "x86_64": "amd64"}[self._architecture()]
         image = self._plan.image or UBUNTU.format(kind)
-        source = self._download(image) if "://" in image else os.path.abspath(os.path.expanduser(image))
+        source = os.path.abspath(os.path.expanduser(image))
+        if "://" in image:
+            with self._manager.state.lock("download", DOWNLOAD_LIMIT, what="the cache"):     # its files are everybody's
+                source = self._download(image)
         target, beside = self._path(".qcow2"), self._path(".qcow2.part")
         self._notes.step(f"growing the disk to {size_text(self._plan.disk)}")
         try:
@@ -3194,7 +3229,7 @@ class Creator:
             os.replace(beside, target)
         except OSError as failure:
             where = beside if failure.errno == errno.ENOSPC else failure.filename or beside
-            raise KodeError(f"{where}: {failure.strerror}", "Mend that.") from None
+            raise KodeError(f"{where}: {failure.strerror or failure}", "Mend that.") from None
         except ValueError as failure:
             raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
                             "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
@@ -3469,7 +3504,10 @@ class Doctor:
     def _ssh_key(self) -> Iterable[Words]:
         own = self._settings.identity_file
         if own:
-            if not os.path.exists(own):
+            public = own.removesuffix(".pub") + ".pub"
+            if os.path.exists(public) and (own == public or not os.path.exists(own)):
+                yield OK, f"{public} is there; its other half is for an agent to have", ""
+            elif not os.path.exists(own):
                 yield ERROR, f"there is no identity_file {own}", f"ssh-keygen -t ed25519 -f {shlex.quote(own)}"
             elif os.stat(own).st_mode & 0o077:
                 yield ERROR, f"ssh does not use {own}: others may read it", f"chmod 600 {shlex.quote(own)}"
@@ -3526,7 +3564,7 @@ class Doctor:
     def _addresses(self) -> Iterable[Words]:
         running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
         for machine in self._manager.survey(running, disk=False):
-            if machine.ip:
+            if machine.ip and address_rank(machine.ip) != 2:    # a container bridge is the same in every guest
                 self._running.setdefault(machine.ip, []).append(machine.name)
         for address, names in self._running.items():
             if len(names) > 1:
@@ -3545,8 +3583,10 @@ class Doctor:
 
     def _space(self) -> Iterable[Words]:
         free = free_space(self._settings.documents or os.path.expanduser("~"))
-        if free is None or free < SPACE_LOW:
-            yield (ERROR if free is not None and free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
+        if free is None:
+            yield WARNING, "the volume does not tell how much of it is free", "See for yourself: df -h"
+        elif free < SPACE_LOW:
+            yield (ERROR if free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
                    "See what can go: kodemachine purge --dry-run")
         else:
             yield OK, f"{size_text(free)} are free", ""
@@ -3560,10 +3600,13 @@ class Doctor:
             yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
         for name in state.intents():
             if not Intent(state, name).call_alive() and not state.locked(name):
-                label = self._manager.label_of(name)
-                path = state.path("intents", name + ".json")
-                yield (WARNING, f"the cloning of {name} was cut off",
-                       f"To complete it: kodemachine {label}" if label else f"rm {shlex.quote(path)}")
+                again = self._manager.label_of(name)
+                if name.startswith(UNFINISHED):
+                    again = f"base create {name[len(UNFINISHED + 'kodeimage-'):]}"
+                elif IMAGE.fullmatch(name):
+                    again = f"base seal VM --as {name[len('kodeimage-'):]} (VM: what it was cloned from)"
+                yield (WARNING, f"the making of {name} was cut off", f"To complete it: kodemachine {again}" if again
+                       else f"rm {shlex.quote(state.path('intents', name + '.json'))}")
         for folder in (state.folder, state.path("intents")):
             for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
                 path = os.path.join(folder, entry)
@@ -3574,7 +3617,10 @@ class Doctor:
     def _network(self) -> Iterable[Words]:
         """Local Network privacy can only be felt: macOS 15 and newer refuse the way to the guests (Apple's TN3179)."""
         if not self._running:
-            yield OK, "no machine runs, so the way to one was not tried", ""
+            silent = [row.name for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
+            yield ((WARNING, f"no guest agent tells an address, of {', '.join(silent)}",
+                    "Does qemu-guest-agent run there? Look at the consoles: kodemachine attach LABEL") if silent
+                   else (OK, "no machine runs, so the way to one was not tried", ""))
             return
         prober = Prober(self._settings.ssh_port)
         prober.aim(list(self._running))
@@ -3653,7 +3699,8 @@ def raw_terminal(handle: int) -> Iterator[None]:
         tty.setraw(handle)
         yield
     finally:
-        termios.tcsetattr(handle, termios.TCSAFLUSH, before)    # half-typed keys must not reach the shell
+        with contextlib.suppress(termios.error):        # the terminal may be gone
+            termios.tcsetattr(handle, termios.TCSAFLUSH, before)    # half-typed keys must not reach the shell
 
 
 def open_line(port: str) -> int:
@@ -3695,6 +3742,7 @@ class Console:
     def __init__(self, line: int, source: int, sink: int, escape: bytes, log: int | None) -> None:
         self._line, self._source, self._escape, self._log = line, source, escape, log
         self._sink, self._own_sink = sink, False
+        self._person = os.isatty(source)
         self._piece = select.PIPE_BUF       # a pipe that is ready takes so many bytes without blocking
         if os.isatty(sink):
             # A second opening, so that O_NONBLOCK does not reach the shell, which shares the first.
@@ -3707,9 +3755,12 @@ class Console:
         if self._own_sink:
             os.close(self._sink)
 
-    def relay(self, deadline: float | None) -> str:
-        """Relays until an end comes, and says which: `escape`, `closed` (the line), `reader` (gone) or `timeout`."""
-        inward, outward, typing = bytearray(), bytearray(), True
+    def relay(self, deadline: float | None, at_end: Callable[[], None] = lambda: None) -> str:
+        """Relays until an end comes, and says which: `escape`, `closed` (the line), `reader` (gone) or `timeout`.
+
+        `at_end` is called when the source has ended and the line has taken all of it.
+        """
+        inward, outward, typing, ended = bytearray(), bytearray(), True, False
         while True:
             readers = [self._line] * (len(outward) < self.FULL) + [self._source] * (typing and len(inward) < self.FULL)
             writers = [self._line] * bool(inward) + [self._sink] * bool(outward)
@@ -3726,6 +3777,8 @@ class Console:
             if self._source in readable:
                 data = self._read(self._source)
                 typing = data != b""
+                if self._person and not typing:
+                    return "reader"         # a terminal that was hung up
                 found = data.find(self._escape) if self._escape and data else -1
                 inward += data[:found] if data and found >= 0 else data or b""
                 if found >= 0:
@@ -3735,6 +3788,9 @@ class Console:
                 return "closed"
             if self._sink in writable and not self._write(self._sink, outward, self._piece):
                 return "reader"
+            if not (typing or inward or ended):
+                ended = True
+                at_end()
             if left == 0:
                 self._drain(self._sink, outward, self._piece)
                 return "timeout"
@@ -3795,6 +3851,7 @@ class Out(Notes):
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         self._live = sys.stderr.isatty() and not dumb and not quiet
         self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
+        self._lock = threading.RLock()      # several machines at once are several threads
         self._step: tuple[str, float] | None = None
         self._progress = ""
         self._painted = 0.0
@@ -3821,18 +3878,20 @@ class Out(Notes):
 
     def end_step(self) -> None:
         """The live line, if there is one, becomes an ordinary one."""
-        if self._step and self._live:
-            self._paint("\n")
-        self._step = None
+        with self._lock:
+            if self._step and self._live:
+                self._paint("\n")
+            self._step = None
 
     def step(self, text: str) -> None:
         """A step has begun: one line, alive until the next."""
-        self.end_step()
-        self._step, self._progress = (printable(text), time.monotonic()), ""
-        if self._live:
-            self._paint()
-        elif not self.quiet:
-            self._err(printable(text))
+        with self._lock:
+            self.end_step()
+            self._step, self._progress = (printable(text), time.monotonic()), ""
+            if self._live:
+                self._paint()
+            elif not self.quiet:
+                self._err(printable(text))
 
     def progress(self, text: str) -> None:
         """Shown behind the step's name, where that line is alive."""
@@ -3840,34 +3899,38 @@ class Out(Notes):
 
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
-        if self._step and self._live and time.monotonic() - self._painted > 0.5:
-            self._paint()
+        with self._lock:
+            if self._step and self._live and time.monotonic() - self._painted > 0.5:
+                self._paint()
 
-    def note(self, text: str) -> None:
-        """A line for the person that is no result."""
-        if not self.quiet:
-            self.end_step()
-            self._err(printable(text))
+    def note(self, text: str, *, needed: bool = False) -> None:
+        """A line for the person that is no result; `needed`: -q does not silence it, since a question is about it."""
+        with self._lock:
+            if needed or not self.quiet:
+                self.end_step()
+                self._err(printable(text))
 
     def warn(self, text: str) -> None:
         """Something that the person should know, though it goes on."""
-        self.end_step()
-        self._err(f"kodemachine: warning: {printable(text)}")
+        with self._lock:
+            self.end_step()
+            self._err(f"kodemachine: warning: {printable(text)}")
 
     def trace(self, text: str) -> None:
         """With -v: each call to the outside."""
         if self.verbose:
-            self.end_step()
-            self._err(f"+ {printable(text)}")
+            with self._lock:
+                self.end_step()
+                self._err(f"+ {printable(text)}")
 
     def error(self, failure: KodeError) -> None:
         """What failed, and below it what to do next; with --json one object."""
-        self.end_step()
         message, hint = printable(failure.message), printable(failure.hint)
-        if self.as_json:
-            return self._err(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}))
         name = "\x1b[31mkodemachine:\x1b[0m" if self._colour else "kodemachine:"
-        self._err(f"{name} {message}" + (f"\n  {hint}" if hint else ""))
+        with self._lock:
+            self.end_step()
+            self._err(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}) if self.as_json
+                      else f"{name} {message}" + (f"\n  {hint}" if hint else ""))
 
     def raw(self, out: bytes, err: bytes = b"") -> None:
         """Bytes for our two streams, as they are. Raises BrokenPipeError when nobody reads, or KodeError."""
@@ -3910,7 +3973,7 @@ class Out(Notes):
     @property
     def can_ask(self) -> bool:
         """Whether there is a person at a terminal."""
-        return bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
+        return sys.stdin.isatty() and sys.stderr.isatty()
 
     def must_be_able_to_ask(self, what: str) -> None:
         """Raises UsageError if there is no terminal to confirm `what` on."""
@@ -4028,14 +4091,14 @@ JSON = option("--json", action="store_true", dest="as_json", help="for programs"
 YES = option("-y", "--yes", action="store_true", help="do not ask")
 
 
-def lend_terminal(argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
+def lend_terminal(ctx: Context, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
     """Runs ssh as a child in the terminal's foreground, and returns its status as a shell would.
 
     Ctrl-C and Ctrl-\\ are the child's meanwhile. A signal that asks us to end ends the child first.
     `stdin`, `stdout`: handles for it in place of ours.
     """
     attributes = None
-    if sys.stdin and sys.stdin.isatty():
+    if sys.stdin.isatty():
         import termios
 
         attributes = termios.tcgetattr(0)
@@ -4044,7 +4107,8 @@ def lend_terminal(argv: Sequence[str], stdin: int | None = None, stdout: int | N
             for number in (signal.SIGINT, signal.SIGQUIT)}
     child = None
     try:
-        child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
+        with ctx.interrupts.held():         # between its birth and its name here it would be lost
+            child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
         code = child.wait()
     except FileNotFoundError:
         raise KodeError(f"there is no {argv[0]} on PATH", "Install the OpenSSH client.") from None
@@ -4237,7 +4301,7 @@ def furnish(ctx: Context, vm: VM, address: str) -> None:
     ctx.out.step(f"running {path} in {vm.name}")
     ctx.out.end_step()
     with open_script(path) as file:
-        code = lend_terminal([ssh, "-T", *words], file.fileno(), 2)
+        code = lend_terminal(ctx, [ssh, "-T", *words], file.fileno(), 2)
     if code == 128 + signal.SIGINT:
         raise Interrupted(signal.SIGINT)
     if code:
@@ -4257,12 +4321,12 @@ def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
 
 
 def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None:
-    """--fresh: deletes the machine of that label, once it is sure that the image can be cloned."""
+    """--fresh: deletes the machine of that label, once it is sure that another can be made."""
     manager = ctx.manager
     rows = manager.utm.rows()
     row = manager.row_of(rows, label)
     if row:
-        manager.base(rows, wishes.base)
+        manager.base_for_new(rows, wishes.base)
         if not opts.yes and not ctx.out.confirm(f"Delete {row.name} ({row.power.value}) and make it anew?", "--fresh"):
             raise KodeError("nothing was changed")
         ctx.out.step(f"deleting {row.name}")
@@ -4280,7 +4344,7 @@ def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
         return ctx.out.note(f"the host keys of {vm.name} are the pinned ones")
     for title, keys in (("pinned", parse_host_keys(old)), ("now", told[0])):
         for key in keys:
-            ctx.out.note(f"{title:7} {fingerprint(key)}")
+            ctx.out.note(f"{title:7} {fingerprint(key)}", needed=not opts.yes)
     if not opts.yes and not ctx.out.confirm(f"Pin the new keys of {vm.name}?", "--repin"):
         raise KodeError("nothing was changed")
     ctx.manager.state.record(vm.uuid, name=vm.name, host_keys=told[0], machine_id=told[1] or None)
@@ -4298,7 +4362,7 @@ def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int
             furnish(ctx, vm, address)
             pinned = manager.handoff.pin(vm)
         ctx.out.end_step()
-        return lend_terminal(manager.handoff.argv(vm, address, opts.rest or [], pinned))
+        return lend_terminal(ctx, manager.handoff.argv(vm, address, opts.rest or [], pinned))
 
 
 def throw_out(ctx: Context, vm: VM, label: str) -> None:
@@ -4397,7 +4461,7 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
         return 0
     theirs = os.path.expanduser("~/.ssh/config")
     try:
-        before = read_text(theirs) or ""
+        before = read_text(theirs, "surrogateescape") or ""
     except OSError as failure:
         raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
     write_file(ours, stanza)
@@ -4423,7 +4487,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     try:
         connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
     except OSError as failure:
-        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror}",
+        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror or failure}",
                         f"Look at its console: kodemachine attach {label}") from None
     with connection:
         connection.setblocking(True)
@@ -4432,8 +4496,13 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
                 socket.send_fds(ssh, [b"\0"], [connection.fileno()])
             return 0
         connection.setblocking(False)
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):      # the guest may have done so already
+                connection.shutdown(socket.SHUT_WR)
+
         console = Console(connection.fileno(), 0, 1, b"", None)
-        console.relay(None)
+        console.relay(None, hang_up)
         console.close()
     return 0
 
@@ -4452,8 +4521,9 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
         out.json(inventory(manager, manager.clones(rows)))
         return 0
     if opts.labels_only:
+        images = manager.images(rows)
         for row in shown:
-            out.result(manager.label_of(row.name) or row.name)
+            out.result((row not in images and manager.label_of(row.name)) or row.name)
         return 0
     machines = manager.survey(shown, ip=opts.ip)
     if opts.as_json:
@@ -4589,6 +4659,10 @@ def cmd_attach(ctx: Context, opts: Arguments) -> int:
 
 def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
     """Relays until an end comes, and says in one line why; the terminal is as it was before."""
+    try:
+        log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
+    except OSError as failure:
+        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     person = sys.stdin.isatty()
     if person:
         leave = f"leave with {opts.escape.capitalize()}" if escape else "no escape key"
@@ -4597,10 +4671,6 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
             size = os.get_terminal_size(0)
             fitting = f"stty rows {size.lines} cols {size.columns}"
             ctx.out.note(f"--- a serial line knows no window size; in the guest: {fitting} ---")
-    try:
-        log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
-    except OSError as failure:
-        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     console = Console(line, 0, 1, escape if person else b"", log)
     deadline = time.monotonic() + opts.timeout if opts.timeout and not person else None
     try:
@@ -4689,7 +4759,10 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
         out.note("nothing to purge")
         return 4 if left_in_between else 0
     machines = manager.survey(rows, ip=False)
-    (out.result if opts.dry_run else out.note)(machine_table(ctx, rows, machines))
+    if opts.dry_run:
+        out.result(machine_table(ctx, rows, machines))
+    else:
+        out.note(machine_table(ctx, rows, machines), needed=not opts.yes)
     known = [machine.frees for machine in machines if machine.frees is not None]
     amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
     if opts.dry_run:
@@ -4710,7 +4783,8 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
             return f"{label} left: {failure.message}"
     status = each(ctx, list(states), purge, out.note)
     manager.tidy()
-    tell_gain(ctx, free_before, sum(known))
+    left = {row.uuid for row in manager.utm.rows()}
+    tell_gain(ctx, free_before, sum(machine.frees or 0 for machine in machines if machine.uuid not in left))
     return status or (4 if left_in_between else 0)
 
 
@@ -4837,8 +4911,8 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
                 public_key(manager.settings.identity_file))
     creator = Creator(manager, cache_folder(), plan)
     vm = creator.create()
-    if Images(manager).is_first(vm):
-        with manager.fleet():
+    with manager.fleet():
+        if not ctx.config.settings().base_image and Images(manager).is_only(vm):     # it may have been set meanwhile
             ctx.config.set("base_image", vm.name)
     creator.done(vm)
     ctx.out.note(f"{vm.name} is ready; a machine from it: kodemachine project-alpha")
@@ -4863,7 +4937,7 @@ def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
         out.must_be_able_to_ask("base seal")
     images = Images(manager)
     with images.sealing(opts.vm) as vm:
-        begun = images.begun(vm, opts.image) if opts.image else None
+        begun = images.begun(vm, opts.image) if opts.image and not opts.check else None
         if not begun:
             user = user_name(manager.settings.ssh_user)
             sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
@@ -4882,7 +4956,10 @@ def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
         raise WrongState(f"{vm.name} is {vm.power.value}; --check looks into a running machine", "Start it first.")
     sealer.wake(ctx.manager.settings.boot_timeout)
     steps = sealer.ask("check")
-    (out.result if opts.check else out.note)(step_table(steps))
+    if opts.check:
+        out.result(step_table(steps))
+    else:
+        out.note(step_table(steps), needed=not opts.yes)
     sealer.must(steps)
     if opts.check:
         return False
@@ -4891,7 +4968,8 @@ def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
             sealer.power_off()
         raise KodeError("nothing was changed")
     rootless = any(step.name == "sudo" and step.status == "warn" for step in steps)
-    sudo = rootless and out.can_ask and out.confirm(f"May {sealer.user} become root without a password?", "sudo")
+    asks = rootless and out.can_ask and not opts.yes
+    sudo = asks and out.confirm(f"May {sealer.user} become root without a password?", "sudo")
     done = [step for step in sealer.apply(sudo=sudo) if step.status != "ok"]
     out.note(step_table(done))
     return True
@@ -4930,6 +5008,9 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
         with ctx.manager.state.lock("fleet", 30, what="the fleet"):
             ctx.config.set(opts.key, opts.value)
     else:
+        if opts.value is not None:
+            raise UsageError("config get takes one key and no value",
+                             f"To set it: kodemachine config set {opts.key} {shlex.quote(opts.value)}")
         values = ctx.manager.settings._asdict()
         if opts.key and opts.key not in values:
             raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
@@ -4966,6 +5047,9 @@ _kodemachine() {
       COMPREPLY[${#COMPREPLY[@]}]=$found
     fi
   done < <(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)
+  # Bash breaks words at these, too: it has that much already.
+  end=${word%"${word##*[:=]}"}
+  [[ -z $end || $COMP_WORDBREAKS != *:* || ${#COMPREPLY[@]} == 0 ]] || COMPREPLY=("${COMPREPLY[@]#"$end"}")
 }
 complete -o nospace -F _kodemachine kodemachine
 """, "zsh": r"""#compdef kodemachine
@@ -5249,6 +5333,10 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
     opts, unknown = build_parser(words).parse_known_args(words)
+    for name in {"labels", "paths"} & set(vars(opts)):
+        if not any(word.startswith("-") for word in unknown):       # behind an option argparse does not look for them
+            getattr(opts, name).extend(unknown)
+            unknown = []
     opts.rest, opts.bare = rest, bare
     out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
     takes_rest = opts.command in TAKES_REST
@@ -5263,23 +5351,40 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     if opts.config and not os.path.exists(config.path):
         raise UsageError(f"{config.path}: there is no such file", "Write {} into it to begin with the defaults.")
     needs_none = opts.run in (welcome, cmd_help, cmd_completion, cmd_complete) or \
-        (opts.run is cmd_config and opts.action == "path")
+        (opts.run is cmd_config and opts.action in ("path", "set"))
     settings = Settings() if needs_none else config.settings()
     utm = Utmctl(settings.utmctl, interrupts, out)
+    manager = Manager(settings, utm, State(state_folder(), out), ["--config", config.path] if opts.config else [])
     try:
-        return int(opts.run(Context(Manager(settings, utm, State(state_folder(), out)), out, interrupts, config), opts))
+        return int(opts.run(Context(manager, out, interrupts, config), opts))
     finally:
         utm.close()
 
 
+def complete_handles() -> None:
+    """Opens those of the three standard handles that are closed: else the first file of ours would be one of them."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)     # the lowest number that is free
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs kodemachine and returns its exit status; the only place that turns failures into one."""
+    complete_handles()
     interrupts = Interrupts()
     interrupts.install()
     out = Out()
     try:
-        code = run_command(sys.argv[1:] if argv is None else argv, out, interrupts)
-        sys.stdout.flush()          # so that a reader who left is noticed here, and not at exit
+        try:
+            code = run_command(sys.argv[1:] if argv is None else argv, out, interrupts)
+        except SystemExit as help_or_version:
+            code = int(help_or_version.code or 0)
+        out.raw(b"")                # so that a reader who left, or a full disk, is noticed here and not at exit
         return code
     except KodeError as failure:
         out.error(failure)
@@ -5287,12 +5392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as interruption:
         out.end_step()
         return 128 + interruption.number
-    except SystemExit as help_or_version:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
-            return int(help_or_version.code or 0)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE

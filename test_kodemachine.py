@@ -2577,6 +2577,23 @@ class ProberTest(unittest.TestCase):
         self.assertTrue(prober.unreachable)
 
 
+class PublicKeyTest(unittest.TestCase):
+    """The person's key, as an image is given it."""
+
+    def test_whatever_its_comment_is(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "key.pub")
+            for text, found in ((f"{PUBLIC_KEY} me@mac\n", f"{PUBLIC_KEY} me@mac"), (PUBLIC_KEY, PUBLIC_KEY),
+                                (f"{PUBLIC_KEY} me@m\u00fcller\n", PUBLIC_KEY), (f"{PUBLIC_KEY}\r\n", PUBLIC_KEY),
+                                ("", None), ("-----BEGIN OPENSSH PRIVATE KEY-----\n", None)):
+                with open(path, "w", encoding="utf-8", newline="") as file:
+                    file.write(text)
+                if found:
+                    self.assertEqual(kodemachine.public_key(path), found)
+                else:
+                    self.assertRaises(kodemachine.KodeError, kodemachine.public_key, path)
+
+
 class StateTest(unittest.TestCase):
     """What is remembered, and what a file that is not as it was written does: nothing."""
 
@@ -3661,9 +3678,23 @@ class ConfigTest(Case):
             with self.subTest(text[:40]):
                 self.write(text)
                 self.assert_refused(words)
-                self.assert_refused(words, "config", "set", "ssh_port", "23")
+                self.assert_refused(words, "config", "set", "stop_timeout", "23")
                 self.assertEqual(self.read(), text)
         self.assertEqual(self.utm.calls(), [])
+
+    def test_a_bad_value_and_an_unknown_key_can_be_mended_as_their_error_says(self) -> None:
+        for text, key, value, mended in (
+            ('{"prefix": "a-", "boot_timeout": 0}', "boot_timeout", "7", {"prefix": "a-", "boot_timeout": 7}),
+            ('{"prefix": "a-", "old_key": 0}', "old_key", "", {"prefix": "a-"}),
+        ):
+            self.write(text)
+            self.assert_refused(key, "list")
+            self.assertEqual(self.km("config", "set", key, value).code, 0)
+            self.assertEqual(json.loads(self.read()), mended)
+        self.assert_refused("unknown key", "config", "set", "old_key", "")
+
+    def test_get_takes_no_value(self) -> None:
+        self.assert_refused("kodemachine config set ssh_user 'a b'", "config", "get", "ssh_user", "a b")
 
     def test_what_is_no_file_is_no_configuration(self) -> None:
         os.unlink(self.path)
@@ -3888,6 +3919,21 @@ class AttachTest(Case):
                     self.line = Line()
                     self.utm.change("km-a", serials=[{"kind": "ptty", "path": self.line.path}])
 
+    def test_a_terminal_that_is_closed_ends_it_though_hang_ups_are_ignored(self) -> None:
+        for nohup, status in (("", 129), ("trap '' HUP; ", 141)):
+            err = os.path.join(self.folder, "stderr")
+            words = shlex.join(self.command("attach", "a"))
+            command = ["/bin/sh", "-c", f"{nohup}exec {words} 2>{shlex.quote(err)}"]
+            terminal = Terminal(command, self.environment, self.home)
+            self.addCleanup(terminal.close)
+            wait_for(lambda: terminal.attributes() != terminal.before)  # noqa: B023
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, terminal.master)       # the window is closed
+            os.close(nowhere)
+            self.assertEqual(terminal.process.wait(20), status)
+            with open(err, encoding="utf-8") as file:
+                self.assertNotIn("Traceback", file.read())
+
     def test_a_second_attach_is_told_who_has_the_console(self) -> None:
         first = self.attach()
         result = self.km("attach", "a", "--timeout", "1")
@@ -3974,7 +4020,8 @@ class AttachTest(Case):
             terminal.wait()
         with open(log, "rb") as file:
             self.assertEqual(file.read(), b"one\r\ntwo\x1b[0m\r\n")
-        self.assertEqual(self.km("attach", "a", "--log", self.home).code, 1)
+        result = self.km("attach", "a", "--log", self.home)
+        self.assertEqual((result.code, result.err.startswith("kodemachine: cannot write the log ")), (1, True))
 
     def test_a_tcp_port_is_a_console_too(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -4256,6 +4303,48 @@ class ByNameTest(Case):
         with open(theirs + ".before-kodemachine", encoding="utf-8") as file:
             self.assertEqual(file.read(), "Host *\n  ForwardAgent yes\n")
 
+    def test_install_leaves_what_is_not_utf_8_as_it_is(self) -> None:
+        theirs = os.path.join(self.home, ".ssh", "config")
+        os.mkdir(os.path.dirname(theirs), 0o700)
+        before = b"# caf\xe9\nHost caf\xe9\n"
+        with open(theirs, "wb") as octets:
+            octets.write(before)
+        self.assertEqual(self.km("ssh-config", "--install").code, 0)
+        for name in (theirs, theirs + ".before-kodemachine"):
+            with open(name, "rb") as octets:
+                self.assertTrue(octets.read().endswith(before), name)
+
+    def test_another_configuration_holds_for_the_proxy_too(self) -> None:
+        with open(self.config(ssh_port=self.server.port), encoding="utf-8") as file:
+            text = file.read()
+        other = os.path.join(self.home, "other one.json")
+        with open(other, "w", encoding="utf-8") as file:
+            file.write(text)
+        self.config(prefix="no-")
+        self.assertIn(f" --config '{other}' proxy %h\n", self.km("--config", other, "ssh-config").out)
+        result = self.km("--config", other, "cp", "a:/etc/passwd", ".")
+        self.assertEqual(result.code, 0, result.err)
+
+    def test_the_end_of_the_input_is_passed_on(self) -> None:
+        server = socket.create_server((self.utm.machine("km-a")["ips"][0], 0))
+        self.addCleanup(server.close)
+        self.config(ssh_port=server.getsockname()[1])
+        folder = os.path.join(self.home, ".local", "state", "kodemachine")
+        os.makedirs(folder, 0o700)
+        with open(os.path.join(folder, "machines.json"), "w", encoding="utf-8") as file:
+            json.dump({self.utm.machine("km-a")["uuid"]: {"personality": True, "host_keys": [host_key()]}}, file)
+        process = self.start_km("proxy", "km-a", input_follows=True)
+        assert process.stdin
+        with server.accept()[0] as probe:
+            probe.sendall(b"SSH-")
+        process.stdin.write(b"hello")
+        process.stdin.close()
+        process.stdin = None
+        with server.accept()[0] as guest:
+            self.assertEqual(guest.recv(100, socket.MSG_WAITALL), b"hello")
+            guest.sendall(b"bye")
+        self.assertEqual(self.ended(process)[:2], (0, "bye"))
+
     def test_the_stanza_follows_the_configuration(self) -> None:
         self.config(prefix="dev-", ssh_user="me", identity_file="~/a key")
         stanza = self.km("ssh-config").out
@@ -4374,8 +4463,9 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         for program in (self.target, self.path("km"), self.path("check out/kodemachine.py")):
             done = subprocess.run([sys.executable, "-IS", program, "ssh-config"], env={"HOME": self.path("home")},
                                   capture_output=True, encoding="utf-8", timeout=20)
-            file = self.path("check out/kodemachine.py") if program.endswith(".py") else self.target
-            self.assertIn(f"-IS '{file}' proxy %h\n", done.stdout)
+            # As installed its first line names a Python that an upgrade leaves where it is.
+            words = f"{sys.executable} -IS '{program}'" if program.endswith(".py") else f"'{self.target}'"
+            self.assertIn(f"  ProxyCommand {words} proxy %h\n", done.stdout)
 
     def test_a_plain_copy_is_recognised_and_replaced(self) -> None:
         os.mkdir(self.path("home/bin"))
@@ -4468,6 +4558,8 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
         self.write("venv/pyvenv.cfg", "")
         path = self.path("venv/bin") + ":" + self.path("tools")
         self.assertIn("found: none", self.run_script(PYTHON="", PATH=path)[2])
+        self.assertEqual(self.run_script(PYTHON="/nope/python3")[::2],
+                         (1, "install.sh: PYTHON=/nope/python3: there is no such program\n"))
 
     def test_apples_python_is_only_reached_through_xcode_select(self) -> None:
         self.write("stubs/uname", "#!/bin/sh\necho Darwin\n")
@@ -5660,7 +5752,7 @@ class PurgeTest(FleetCase):
         self.vm("dead", "started")
         self.vm("alive", "started")
         self.remember(dead={"rm": True}, alive={"rm": True})
-        with self.held_lock("km-alive.session"):
+        with self.held_lock(self.utm.machine("km-alive")["uuid"] + ".session"):
             self.assertEqual(re.findall(r"(?m)^(\S+) +started \(--rm\)", self.km("list").out), ["dead"])
             self.assert_says(self.km("purge", "-y"), 0, "dead deleted")
         self.assertEqual(self.clones(), ["saved", "on", "frozen", "alive"])
@@ -5671,6 +5763,14 @@ class PurgeTest(FleetCase):
         self.utm.fault("delete", vm="km-a", error=-2700, string="Disk on fire.")
         self.assert_says(self.km("purge", "-y"), 1, "UTM did not delete km-a: Disk on fire.", "b deleted")
         self.assertEqual(self.clones(), ["a", "saved", "on", "frozen"])
+
+    def test_what_a_question_is_about_is_shown_though_it_is_to_be_quiet(self) -> None:
+        self.fleet()
+        terminal = self.screen("-q", "purge")
+        terminal.expect(rb"(?s)LABEL.*a +stopped.*Delete 1, ")
+        terminal.send(b"n\n")
+        self.assertEqual(terminal.wait(), 1)
+        self.assertEqual(self.km("-q", "purge", "-y").err, "")
 
     def test_it_deletes_only_what_it_has_just_shown(self) -> None:
         self.fleet()
@@ -5774,7 +5874,7 @@ class RandomFleetTest(FleetCase):
         class Told(kodemachine.Out):
             """Keeps lines to itself."""
 
-            def note(self, text: str) -> None:
+            def note(self, text: str, *, needed: bool = False) -> None:
                 lines.append(text)
 
         out, power = Told(quiet=True), kodemachine.Power
@@ -5972,6 +6072,24 @@ class RmTest(FleetCase):
         process.stdin.close()  # ends the ssh that it left behind
 
 
+    def test_who_goes_on_with_what_kill_9_left_keeps_it(self) -> None:
+        process = self.session()
+        process.kill()
+        process.wait()
+        self.assertEqual(self.km("ssh", "t", "--", "true").code, 0)
+        self.assertNotIn("--rm", self.km("list").out)
+        self.assert_says(self.km("purge", "-y"), 0, "nothing to purge")
+        self.assertEqual(self.states()["km-t"], "started")
+
+    def test_a_session_whose_machine_is_gone_is_not_in_the_way_of_the_next(self) -> None:
+        first = self.session()
+        self.assertEqual(self.km("delete", "-f", "t").code, 0)
+        self.assert_says(self.km("t", "--rm", "--", "exit 3"), 3, "deleting km-t")
+        self.assertEqual(self.ended(first).code, 0)
+        self.assertEqual(self.utm.names(), [IMAGE])
+        self.assertEqual([name for name in os.listdir(os.path.join(self.state, "locks")) if "session" in name], [])
+
+
 class StartTest(FleetCase):
     """start: several at once, anew, thrown away at power-off, with CPUs and memory."""
 
@@ -6021,6 +6139,12 @@ class StartTest(FleetCase):
         ):
             self.assert_says(self.km("start", "-d", "a", "--fresh", "-y", *args), code, words)
         self.assertEqual((self.asked("delete"), "km-a" in self.utm.names()), ([], True))
+
+    def test_fresh_deletes_nothing_while_first_boot_cannot_be_read(self) -> None:
+        self.with_sshd(first_boot="/nonexistent/script")
+        self.vm("a")
+        self.assert_says(self.km("start", "-d", "a", "--fresh", "-y"), 2, "first_boot is /nonexistent/script")
+        self.assertEqual(self.utm.names(), [IMAGE, "km-a"])
 
     def test_fresh_of_a_machine_that_is_not_there_needs_no_yes(self) -> None:
         sshd = self.with_sshd()
@@ -6262,12 +6386,32 @@ class DoctorTest(FleetCase):
         with self.held_lock("fleet"), self.held_lock("km-cut"):
             self.assert_said(self.doctor())
 
+    def test_the_remedy_for_a_half_made_image_completes_it(self) -> None:
+        self.healthy()
+        os.mkdir(os.path.join(self.state, "intents"))
+        for name in ("unfinished-kodeimage-v0.3.0", "kodeimage-v0.4.0"):
+            self.write_state(f"intents/{name}.json", "{}")
+        self.assert_said(self.doctor(), leftovers=r"warning: .*: kodemachine base create v0\.3\.0$ && "
+                                                  r"warning: .*: kodemachine base seal VM --as v0\.4\.0 ")
+
+    def test_what_all_guests_have_alike_is_no_address_they_share(self) -> None:
+        self.healthy()
+        self.vm("b", "started", ips=["172.17.0.1"])
+        self.vm("c", "started", ips=["172.17.0.1"])
+        self.assert_said(self.doctor())
+        self.utm.change("km-a", ips=[])
+        self.assert_said(self.doctor(), network="warning: no guest agent tells an address, of km-a, km-b, km-c")
+
     def test_keys_for_ssh(self) -> None:
         self.healthy()
         own = os.path.join(self.folder, "own key")
         self.write_key(own, 0o644)
         self.config(**self.settings, identity_file=own)
         self.assert_said(self.doctor(), ssh_key=rf"error: .*others may read it \| chmod 600 '{own}'")
+        os.rename(own, own + ".pub")        # its other half is in an agent
+        self.assert_said(self.doctor())
+        self.config(**self.settings, identity_file=own + ".pub")
+        self.assert_said(self.doctor())
         self.config(**self.settings)
         os.unlink(self.ssh_key)
         self.assert_said(self.doctor(), ssh_key=r"warning: there is no key in ~/.ssh or an agent.*\| ssh-keygen")
@@ -6737,6 +6881,26 @@ class ExitStatusTest(SpawnCase, FleetCase):
             self.assertEqual((result.code, "Traceback" in result.err), (128 + number, False), result.err)
             self.assertNoChildrenLeft()
 
+    def test_handles_that_are_closed_are_no_trouble(self) -> None:
+        for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+            for words, code in (("list", 0), ("exec off --input -- true", 4), ("attach off", 4), ("purge", 2)):
+                script = f'exec "$@" {closed}'
+                result = self.run_program(["/bin/sh", "-c", script, "sh", *self.command(*words.split())])
+                self.assertEqual((result.code, "Traceback" in result.err), (code, False), (closed, words, result.err))
+
+    def test_a_full_disk_is_said_for_help_too(self) -> None:
+        for words in (["--version"], ["help"], ["list", "--help"]):
+            result = self.run_program(["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh", *self.command(*words)])
+            self.assertEqual((result.code, result.err.count("\n")), (1, 2), result.err)
+            self.assertIn("the output cannot be written", result.err)
+
+    def test_options_may_stand_between_labels(self) -> None:
+        for line, code in (("stop off -t 5 -f off", 0), ("delete off -f nope", 3), ("start off --fresh on", 2)):
+            result = self.km(*line.split())
+            self.assertEqual((result.code, "does not take" in result.err), (code, False), result.err)
+        for line in ("stop off -t 5 --frce", "status off -v on", "stop off -t 5 on --frce"):
+            self.assertIn("does not take", self.km(*line.split()).err)
+
     def test_what_the_system_refuses_is_an_error_and_no_traceback(self) -> None:
         gone = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
         result = self.run_program(["/bin/sh", "-c", gone, "sh", *self.command("start", "-d", ".")])
@@ -6970,6 +7134,7 @@ class TabTest(FleetCase):
         ("kodemachine stop --fo", "kodemachine stop --force "),
         ("kodemachine start --base ko", f"kodemachine start --base {IMAGE} "),
         ("kodemachine cp be", "kodemachine cp beta-2:"),
+        ("kodemachine cp beta-2:", "kodemachine cp beta-2:"),       # Tab once more
         ("kodemachine cp files/tw", "kodemachine cp files/two\\ words "),
         ("kodemachine cp alpha:notes files/fo", "kodemachine cp alpha:notes files/folder/"),
         ("kodemachine alpha -- cat files/al", "kodemachine alpha -- cat files/alpine.txt "),
@@ -7018,7 +7183,9 @@ class TabTest(FleetCase):
         self.assertEqual((result.code, result.err), (0, ""))
         for (typed, completed), answer in zip(self.TYPED, result.out.lstrip("\n").split("\n\n")):
             words = [word.partition("\t")[0] for word in answer.splitlines()]
-            if typed == completed:
+            if typed.endswith(":"):         # fish goes on with files
+                self.assertEqual(words[0], typed.rpartition(" ")[2])
+            elif typed == completed:
                 self.assertIn(words, ([], ["start", "status"]), typed)
             else:
                 self.assertEqual(words, [completed.rpartition(" ")[2] or shlex.split(completed)[-1]], typed)
@@ -7052,7 +7219,7 @@ class ArchitectureTest(unittest.TestCase):
         self.assertEqual(self.users(*starting), {"Call", "lend_terminal", "become"})
 
     def test_only_these_write_to_the_standard_streams(self) -> None:
-        self.assertEqual(self.users(r"sys\.(__)?(stdout|stderr)(__)?"), {"Out", "main"})
+        self.assertEqual(self.users(r"sys\.(__)?(stdout|stderr)(__)?"), {"Out", "complete_handles"})
         self.assertEqual(self.users("print", "input", "breakpoint"), set())
 
     def test_only_these_sleep(self) -> None:
@@ -7141,6 +7308,14 @@ class BaseTest(FleetCase):
                          ["*", "kodeimage-v0.10.0", "stopped"], ["Old", "Debian", "stopped"]])
         self.config(base_image="gone")
         self.assert_says(self.km("base", "list"), 0, "base_image is gone, and there is no such machine")
+
+    def test_an_image_configured_by_its_uuid_is_one(self) -> None:
+        uuid = self.utm.add("Plain")
+        self.config(base_image=uuid.lower())
+        result = self.km("base", "list")
+        self.assertRegex(result.out, r"(?m)^\*  Plain +stopped")
+        self.assertNotIn("no such machine", result.err)
+        self.assert_says(self.km("base", "seal", "Plain", "-y"), 4, "Plain is an image")
 
     def test_without_images_the_list_says_how_to_make_one(self) -> None:
         self.vm("a")
@@ -7331,6 +7506,24 @@ class SealTest(FleetCase):
         self.assertEqual(self.records()[image["uuid"]]["image"]["uuid"], self.uuid)
         self.assertEqual(list(self.listed()), ["km-alpha"])
         self.seal()
+
+    def test_check_completes_nothing_either(self) -> None:
+        self.utm.fault("clone", kill_parent="before", delay=0.1)
+        self.km("base", "seal", "alpha", "-y", "--as", "v0.3.0")
+        self.utm.clear_faults()
+        self.utm.change("km-alpha", status="started", up_at=0.0)
+        before = self.records()
+        result = self.seal("alpha", "--check", "--as", "v0.3.0")
+        self.assertEqual((self.steps(result.out)["agent"], self.records()), ("ok", before))
+
+    def test_y_answers_every_question(self) -> None:
+        terminal = self.km_tty("base", "seal", "alpha", "-y")
+        self.assertEqual(terminal.wait(), 0, terminal.seen)
+        self.assertEqual(self.there("etc/sudoers.d/90-kodemachine"), [])
+
+    def test_a_finding_that_ends_in_a_hyphen_is_one(self) -> None:
+        self.config(ssh_user="x-")
+        self.assertEqual(self.steps(self.seal("alpha", "--check").out)["user"], "would")
 
     def test_what_may_not_be_sealed(self) -> None:
         self.utm.add("alpha")
@@ -7587,6 +7780,30 @@ class CreateTest(FleetCase):
             self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
         self.assert_says(self.create(code=4), 4, "a machine kodeimage-v0.1.0 already")
         self.assertEqual(len(self.downloads()), 1)
+
+    def test_an_image_that_was_chosen_meanwhile_stays_chosen(self) -> None:
+        self.utm.fault("make", delay=0.3, when="before")
+        process = self.start_km("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img", "--user", "me")
+        wait_for(lambda: self.utm.calls("make", tool="osascript"))
+        path = self.config(base_image="mine")
+        self.assertEqual(self.ended(process).code, 0)
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(json.load(file), {"base_image": "mine"})
+
+    def test_a_half_made_machine_that_nobody_remembers_is_said_before_the_download(self) -> None:
+        uuid = self.utm.add("unfinished-kodeimage-v0.1.0")
+        self.assert_says(self.create(code=4), 4, uuid, "Delete it in UTM")
+        self.assertEqual(self.mirror.asked, [])
+
+    def test_one_download_at_a_time(self) -> None:
+        with self.held_lock("download"):
+            process = self.start_km("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img",
+                                    "--disk", "1G", "--user", "me")
+            assert process.stderr
+            while b"to be done with the cache" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            self.assertEqual(self.mirror.asked, [])
+        self.assert_says(self.ended(process), 1, "its disk has 2.0G already")
 
     def test_with_another_image_there_the_configuration_stays(self) -> None:
         self.image("kodeimage-v0.0.9")
