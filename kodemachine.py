@@ -1965,6 +1965,9 @@ class Cloner:
                 os.close(handle)
             try:
                 row = self._await(name, intent, found, call, self._limit)
+            except Interrupted:
+                self._notes.warn(f"UTM goes on {what}; the same command, run again, takes it from there")
+                raise
             finally:
                 self._utm.drop(call)
             if row:
@@ -2599,7 +2602,7 @@ class Manager:
             self.state.record(vm.uuid, name=vm.name, saved=True)    # already now: should we be cut off, it may be
         try:
             vm.suspend(self.settings.stop_timeout, save)
-        except TimedOut:
+        except (TimedOut, Unreachable):         # it may have been saved: that is not to be forgotten
             raise
         except KodeError:
             self.state.record(vm.uuid, saved=before)
@@ -4143,8 +4146,22 @@ def become(argv: Sequence[str]) -> NoReturn:
         raise KodeError(f"{argv[0]} cannot be run: {failure.strerror}", "It is looked for on PATH.") from None
 
 
-def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str], report: Callable[[str], None]) -> int:
-    """Does one thing to several machines, WIDTH at a time; returns the status of the first failure."""
+def under_lock(ctx: Context, work: Callable[[str], str]) -> Callable[[str], str]:
+    """`work` on a label whose lock is held meanwhile; its answer follows the label."""
+    def locked(label: str) -> str:
+        with ctx.manager.holding(label):
+            return f"{label} {work(label)}"
+    return locked
+
+
+def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+    """Does one thing to several machines, WIDTH at a time; returns the status of the first failure.
+
+    What `work` answers is a line for the person.
+    """
+    def report(line: str) -> None:
+        if line:
+            ctx.out.note(line)
     if len(labels) == 1:
         report(work(labels[0]))
         return 0
@@ -4185,10 +4202,10 @@ def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str], report
 
 def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda row: True) -> list[str]:
     """The labels on the command line, each once, or those of all fitting clones with --all. Raises UsageError."""
-    manager = ctx.manager
-    if opts.all and opts.labels:
+    manager, all_of_them = ctx.manager, getattr(opts, "all", False)
+    if all_of_them and opts.labels:
         raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.command}")
-    if opts.all:
+    if all_of_them:
         return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows()) if fit(row)]
     if not opts.labels:
         raise UsageError(f"{opts.command} needs a label", f"See: kodemachine help {opts.command}")
@@ -4224,7 +4241,6 @@ def wishes_of(opts: Arguments) -> Wishes:
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
-    opts.all = False
     labels = chosen(ctx, opts)
     if len(labels) > 1 and opts.bare:
         near = near_command(labels[0])
@@ -4271,8 +4287,8 @@ def start_several(ctx: Context, labels: Sequence[str], wishes: Wishes, opts: Arg
             due[label] = vm, address
         else:
             ctx.out.result(f"{label} {address}")
-        return label
-    status = each(ctx, labels, start, lambda label: None)
+        return ""
+    status = each(ctx, labels, start)
     for label in filter(due.__contains__, labels):
         vm, address = due[label]
         try:
@@ -4692,36 +4708,27 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
          examples=["stop project-alpha", "stop --all -t 120", "stop --force project-alpha"])
 def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
-    def stop(label: str) -> str:
-        with ctx.manager.holding(label):
-            done = ctx.manager.stop(label, opts.timeout or ctx.manager.settings.stop_timeout, force=opts.force,
-                                    kill=opts.kill)
-        return f"{label} {done}"
+    limit = opts.timeout or ctx.manager.settings.stop_timeout
     labels = chosen(ctx, opts, lambda row: row.power is not Power.STOPPED)
     ctx.out.step(f"stopping {', '.join(labels)}" if labels else "nothing to stop")
-    return each(ctx, labels, stop, ctx.out.note) if labels else 0
+    return each(ctx, labels, under_lock(
+        ctx, lambda label: ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)))
 
 
 @command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"),
          examples=["suspend project-alpha", "suspend --all --save"])
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     """pause to memory, or to disk"""
-    def suspend(label: str) -> str:
-        with ctx.manager.holding(label):
-            return f"{label} {ctx.manager.suspend(label, save=opts.save)}"
     labels = chosen(ctx, opts, lambda row: row.power is Power.STARTED)
-    return each(ctx, labels, suspend, ctx.out.note) if labels else 0
+    return each(ctx, labels, under_lock(ctx, lambda label: ctx.manager.suspend(label, save=opts.save)))
 
 
 @command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
     """let a suspended machine go on"""
-    def resume(label: str) -> str:
-        with ctx.manager.holding(label):
-            return f"{label} {ctx.manager.resume(label)}"
     records = ctx.manager.state.records() if opts.all else {}
     labels = chosen(ctx, opts, lambda row: row.power is Power.PAUSED or bool(records.get(row.uuid, {}).get("saved")))
-    return each(ctx, labels, resume, ctx.out.note) if labels else 0
+    return each(ctx, labels, under_lock(ctx, ctx.manager.resume))
 
 
 @command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"),
@@ -4729,11 +4736,9 @@ def cmd_resume(ctx: Context, opts: Arguments) -> int:
 def cmd_delete(ctx: Context, opts: Arguments) -> int:
     """delete machines, and say what that freed"""
     def delete(label: str) -> str:
-        with ctx.manager.holding(label):
-            freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force)
-        return f"{label} deleted" + (f", freed {size_text(freed)}" if freed is not None else "")
-    opts.all = False
-    return each(ctx, chosen(ctx, opts), delete, ctx.out.note)
+        freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force)
+        return "deleted" + (f", freed {size_text(freed)}" if freed is not None else "")
+    return each(ctx, chosen(ctx, opts), under_lock(ctx, delete))
 
 
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
@@ -4749,15 +4754,15 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     if opts.as_json and not opts.dry_run:
         raise UsageError("--json shows what would go, with --dry-run", "So: kodemachine purge --dry-run --json")
     manager, out = ctx.manager, ctx.out
-    rows, left_in_between = purgeable(ctx, opts)
+    rows, status = purgeable(ctx, opts)
     if opts.as_json:
         out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
-        return 4 if left_in_between else 0
+        return status
     if not rows:
         if not opts.dry_run:
             manager.tidy()
         out.note("nothing to purge")
-        return 4 if left_in_between else 0
+        return status
     machines = manager.survey(rows, ip=False)
     if opts.dry_run:
         out.result(machine_table(ctx, rows, machines))
@@ -4767,7 +4772,7 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
     if opts.dry_run:
         out.note(f"{len(rows)} would be deleted, and {amount} would come free")
-        return 4 if left_in_between else 0
+        return status
     if not opts.yes and not out.confirm(f"Delete {len(rows)}, and free {amount}?", "purge"):
         raise KodeError("nothing was deleted")
     free_before = free_space(manager.documents)
@@ -4781,18 +4786,18 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
                 return purge_one(ctx, row, force=opts.all or orphan)
         except Busy as failure:
             return f"{label} left: {failure.message}"
-    status = each(ctx, list(states), purge, out.note)
+    status = each(ctx, list(states), purge) or status
     manager.tidy()
     left = {row.uuid for row in manager.utm.rows()}
     tell_gain(ctx, free_before, sum(machine.frees or 0 for machine in machines if machine.uuid not in left))
-    return status or (4 if left_in_between else 0)
+    return status
 
 
-def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
-    """The machines that match the filters, and whether some were left because UTM is busy with them."""
+def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
+    """The machines that match the filters, and the exit status so far: not 0 if one had to be left."""
     manager, out = ctx.manager, ctx.out
     records = manager.state.records()
-    rows, unknown, in_between = [], 0, False
+    rows, unknown, status = [], 0, 0
     listed = manager.utm.rows()
     names = [row.name for row in listed]
     for row in manager.clones(listed):
@@ -4805,7 +4810,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
             continue
         elif names.count(row.name) > 1:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
-            in_between = True
+            status = WrongState.status
         elif (row.power is Power.STOPPED and (opts.all or not record.get("saved"))) or \
                 (row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row, record))):
             rows.append(row)
@@ -4813,10 +4818,10 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], bool]:
             out.note(f"{row.name} left: it has a saved session (--all takes it, too)")
         elif opts.all or row.power is Power.UNKNOWN:
             out.note(f"{row.name} left: it is {row.power.value}")
-            in_between = True
+            status = WrongState.status
     if unknown:
         out.note(f"{unknown} left out: their age or image is not known")
-    return rows, in_between
+    return rows, status
 
 
 def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:

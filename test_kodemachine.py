@@ -3453,6 +3453,7 @@ class CrashTest(SpawnCase):
         wait_for(self.clone_is_under_way)
         terminal.send(b"\x03")
         self.assertEqual(terminal.wait(), 130)
+        terminal.expect(b"UTM goes on cloning kodeimage-v0.2.0 to km-alpha; the same command, run again, takes it from")
         self.assertEqual(terminal.attributes(), terminal.before)
         self.assertTrue(terminal.seen.endswith(b"\n"), terminal.seen)
         self.assertNoChildrenLeft()
