@@ -197,6 +197,9 @@ uninstall() {
   say "  ${XDG_CONFIG_HOME:-$HOME/.config}/kodemachine (configuration)"
   say "  ${XDG_STATE_HOME:-$HOME/.local/state}/kodemachine (state)"
   say "  ${XDG_CACHE_HOME:-$HOME/.cache}/kodemachine (downloaded images)"
+  for file in .ssh/config .zshrc .bashrc .bash_profile .profile .config/fish/config.fish; do
+    ! grep -qs kodemachine "$HOME/$file" || say "  ~/$file (a line that names kodemachine)"
+  done
 }
 
 main() {

@@ -100,6 +100,13 @@ RESERVED = frozenset({
     "attach", "base", "clone", "completion", "config", "cp", "create", "delete", "doctor", "exec", "help", "info", "ip",
     "list", "logs", "ls", "proxy", "prune", "purge", "restart", "resume", "rm", "shell", "snapshot", "ssh",
     "ssh-config", "start", "status", "stop", "suspend", "version"})
+# What other tools call it, and what it is here. Those that are not reserved stay allowed as labels.
+ELSEWHERE = {
+    "boot": "start", "launch": "start", "create": "start", "new": "start", "run": "start", "up": "start",
+    "connect": "ssh", "enter": "ssh", "shell": "ssh", "down": "stop", "halt": "stop", "poweroff": "stop",
+    "restart": "stop", "shutdown": "stop", "pause": "suspend", "destroy": "delete", "remove": "delete",
+    "copy": "clone", "fork": "clone", "snapshot": "clone", "console": "attach", "logs": "attach", "info": "status",
+    "version": "--version"}
 
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
                "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
@@ -439,8 +446,17 @@ def one_edit(word: str, other: str) -> bool:
 
 
 def near_command(label: str) -> str | None:
-    """The command of three letters or more that a label is one edit away from."""
-    return next((word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+    """The command that was perhaps meant: as other tools call it, or of three letters or more and one edit away."""
+    return ELSEWHERE.get(label) or next(
+        (word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+
+
+def near_label(label: str, labels: Iterable[str]) -> str | None:
+    """The one of `labels` that is one edit away, and not in a digit: web1 and web2 are both meant."""
+    def letters(text: str) -> str:
+        return re.sub(r"\d", "", text)
+    return next((other for other in labels if len(label) >= 4 and one_edit(label, other)
+                 and letters(label) != letters(other)), None)
 
 
 def size_text(size: int | None) -> str:
@@ -510,15 +526,18 @@ def cut(text: str, room: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
           expendable: Sequence[str] = ()) -> str:
-    """Aligned columns. If they are wider than `width`, the expendable ones go, in their order, until they fit."""
+    """Aligned columns. If they are wider than `width`, the expendable ones go until they fit: first those that tell
+    nothing, then in their order. What is too wide even so, is cut."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
-    for name in expendable:
+    empty = {name for name, *column in columns if set(column) <= {"-"}}
+    for name in sorted(expendable, key=lambda name: name not in empty):
         if width is None or sum(max(map(cells, column)) + 2 for column in columns) - 2 <= width:
             break
         columns = [column for column in columns if column[0] != name]
     widths = [max(map(cells, column)) for column in columns]
-    return "\n".join("  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(line, widths)).rstrip()
-                     for line in zip(*columns))
+    lines = ("  ".join(cell + " " * (room - cells(cell)) for cell, room in zip(line, widths)).rstrip()
+             for line in zip(*columns))
+    return "\n".join(lines if width is None else (cut(line, width) for line in lines))
 
 
 def iso_time(when: float) -> str:
@@ -787,7 +806,7 @@ class State:
                 return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-                if not told and limit - left > 0.5 and owner != str(os.getpid()):
+                if not told and limit - left > 0.5 and owner not in (str(os.getpid()), "unknown"):
                     told = True
                     self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {what}")
         kind = TimedOut if limit else Busy
@@ -999,7 +1018,7 @@ class Config:
             raise UsageError(f"{self.path}:1:1: not a JSON object", 'It must look like {"ssh_user": "me"}.')
         for key, value in found.items():
             if key != unless:
-                self._check(key, value, self._position(text, key))
+                self._check(key, value, self._position(text, key) + ": ")
         return found
 
     @staticmethod
@@ -1016,17 +1035,19 @@ class Config:
         return f"{self.path}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
 
     @staticmethod
-    def _check(key: str, value: object, where: str) -> None:
+    def _check(key: str, value: object, where: str = "") -> None:
+        """`where`: the value's place in the file, or nothing if it stands on our command line."""
         if key not in SETTINGS:
             import difflib
 
             near = difflib.get_close_matches(key, SETTINGS, 1)
-            raise UsageError(f"{where}: unknown key {key!r}",
+            raise UsageError(f"{where}unknown key {key!r}",
                              f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS))
         wanted, test = SETTINGS[key]
         if value is not None and not test(value):
-            raise UsageError(f"{where}: {key} must be {wanted}, not {json.dumps(value)}",
-                             f"Mend it there, or: kodemachine config set {key} VALUE ('' for the default)")
+            raise UsageError(f"{where}{key} must be {wanted}, not {json.dumps(value)}",
+                             ("Mend it there, or" if where else "So")
+                             + f": kodemachine config set {key} VALUE ('' for the default)")
 
     def settings(self) -> Settings:
         """The file's values over the defaults, with `~` expanded in paths."""
@@ -1042,7 +1063,7 @@ class Config:
             with contextlib.suppress(ValueError):
                 value = json.loads(text)
         if text != "" or not was_set:
-            self._check(key, None if text == "" else value, "config")
+            self._check(key, None if text == "" else value)
         if text != "":
             found[key] = value
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
@@ -2200,10 +2221,13 @@ class Manager:
             label = label[:63 - len(self.settings.prefix)].rstrip("-")
         if label in RESERVED:
             raise UsageError(f"{label!r} is a word of kodemachine's own and cannot be a machine's label",
-                             "See: kodemachine help")
+                             f"Did you mean {ELSEWHERE[label]!r}? See: kodemachine help" if label in ELSEWHERE
+                             else "See: kodemachine help")
         if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
             raise UsageError(
                 f"{text!r} cannot be a label",
+                f"It is an image's name. For a machine from it: kodemachine start LABEL --base {text}"
+                if IMAGE.fullmatch(text) else
                 "A label has lower-case letters, digits and inner hyphens, such as project-alpha.",
             )
         if len(self.settings.prefix + label) > 63:
@@ -2293,7 +2317,7 @@ class Manager:
             rows = self.utm.rows(call=listing)
             row = self.row_of(rows, label)
             if row is None:
-                self._may_clone(label, wishes)
+                self._may_clone(label, wishes, filter(None, map(self.label_of, (row.name for row in rows))))
                 return VM(self.utm, self._clone(label, wishes)), None
             self.cloner.adopt(row)
             self._keep_as_it_is(row, label, wishes)
@@ -2351,13 +2375,16 @@ class Manager:
             self.cloner.adopt(row)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
 
-    def _may_clone(self, label: str, wishes: Wishes) -> None:
+    def _may_clone(self, label: str, wishes: Wishes, labels: Iterable[str]) -> None:
+        near, other = near_command(label), near_label(label, labels)
         if not wishes.may_clone:
-            raise NotFound(f"there is no machine {label}", f"Make it: kodemachine {label}")
-        near = near_command(label)
+            raise NotFound(f"there is no machine {label}" + (f"; did you mean {other!r}?" if other else ""),
+                           f"Make it: kodemachine {label}")
         if wishes.bare and near:
             raise UsageError(f"there is no machine {label}; did you mean {near!r}?",
                              f"To make a machine of that name all the same: kodemachine start {label}")
+        if other:
+            self._notes.warn(f"{label} is a new machine; there is a {other}, too")
 
     def _keep_as_it_is(self, row: Row, label: str, wishes: Wishes) -> None:
         """Refuses wishes that only a new machine, or one that is off, could fulfil."""
@@ -3594,6 +3621,14 @@ class Doctor:
         else:
             yield OK, f"{size_text(free)} are free", ""
 
+    def _sizes(self) -> Iterable[Words]:
+        """On macOS 14 and newer the person is asked whether a program may look into UTM's container (contract 6)."""
+        folder = self._manager.documents
+        if self._rows and not read_bundles(folder, self._rows, DISK_LIMIT, self._utm.notes.tick):
+            yield (WARNING, f"UTM's data cannot be read in {folder}, so MEMORY, SIZE and FREES stay empty",
+                   "Allow it when macOS asks, or give the terminal Full Disk Access, which lasts. "
+                   "If UTM's machines lie elsewhere: kodemachine config set documents PATH")
+
     def _leftovers(self) -> Iterable[Words]:
         state, listed = self._state, {row.uuid for row in self._rows}
         vanished = [uuid for uuid in state.records() if uuid not in listed]
@@ -3665,6 +3700,7 @@ CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = 
     ("addresses", "utm", "no two running clones share an address", Doctor._addresses),
     ("copies", "utm", "no clone was left half-made", Doctor._copies),
     ("space", "", "", Doctor._space),
+    ("sizes", "utm", "UTM's data can be read", Doctor._sizes),
     ("leftovers", "utm", "nothing is left in the state folder", Doctor._leftovers),
     ("network", "utm", "", Doctor._network),
 )
@@ -4066,9 +4102,9 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A positive whole number."""
+    """A number of CPUs."""
     if not re.fullmatch(r"[1-9]\d{0,2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999")
     return int(text)
 
 
@@ -4241,6 +4277,8 @@ def wishes_of(opts: Arguments) -> Wishes:
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
+    if opts.bare and opts.labels[1:] and opts.labels[1] in all_names():
+        raise UsageError("the command comes before the label", f"kodemachine {opts.labels[1]} {opts.labels[0]}")
     labels = chosen(ctx, opts)
     if len(labels) > 1 and opts.bare:
         near = near_command(labels[0])
@@ -4565,15 +4603,20 @@ def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
     return {"all": {"children": {"kodemachine": {"vars": shared, "children": groups}}}}
 
 
+def marks_of(ctx: Context, row: Row, record: dict[str, Any]) -> str:
+    """What a person has to know of a machine beside its state, in parentheses behind that."""
+    kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row, record),
+            "disposable": record.get("disposable") and row.power is not Power.STOPPED}
+    marks = ", ".join(mark for mark, here in kept.items() if here)
+    return f" ({marks})" if marks else ""
+
+
 def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
     """The table of `list`, as wide as the terminal at most."""
     lines, records = [], ctx.manager.state.records()
     for row, machine in zip(rows, machines):
         record = records.get(row.uuid, {})
-        kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row, record),
-                "disposable": record.get("disposable") and row.power is not Power.STOPPED}
-        marks = [mark for mark, here in kept.items() if here]
-        lines.append([machine.label or machine.name, machine.status + (f" ({', '.join(marks)})" if marks else ""),
+        lines.append([machine.label or machine.name, machine.status + marks_of(ctx, row, record),
                       machine.ip or "-", machine.image or "-", size_text(machine.memory), size_text(machine.size),
                       size_text(machine.frees), age_text(age_of(machine.created))])
     header = ("LABEL", "STATUS", "IP", "IMAGE", "MEMORY", "SIZE", "FREES", "AGE")
@@ -4589,6 +4632,9 @@ def cmd_status(ctx: Context, opts: Arguments) -> int:
     if opts.as_json:
         ctx.out.json(facts)
         return 0
+    if opts.label:
+        row = Row(facts["uuid"], Power(facts["status"]), facts["name"])
+        facts["status"] += marks_of(ctx, row, ctx.manager.record_of(row.uuid))
     for key, value in facts.items():
         if key in ("memory", "size", "frees"):
             value = size_text(value)
@@ -4682,7 +4728,7 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
     person = sys.stdin.isatty()
     if person:
         leave = f"leave with {opts.escape.capitalize()}" if escape else "no escape key"
-        ctx.out.note(f"--- console of {vm.name}; {leave} ---")
+        ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(0)
             fitting = f"stty rows {size.lines} cols {size.columns}"
@@ -4797,7 +4843,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
     """The machines that match the filters, and the exit status so far: not 0 if one had to be left."""
     manager, out = ctx.manager, ctx.out
     records = manager.state.records()
-    rows, unknown, status = [], 0, 0
+    rows, unknown, running, status = [], 0, 0, 0
     listed = manager.utm.rows()
     names = [row.name for row in listed]
     for row in manager.clones(listed):
@@ -4819,6 +4865,12 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
         elif opts.all or row.power is Power.UNKNOWN:
             out.note(f"{row.name} left: it is {row.power.value}")
             status = WrongState.status
+        else:
+            running += 1
+    if opts.image not in (None, *(image_of(record).get("name") for record in records.values())):
+        out.note(f"no machine is known to come from an image {opts.image}")
+    if running and not rows:
+        out.note(f"{running} left: running or paused (--all takes those, too)")
     if unknown:
         out.note(f"{unknown} left out: their age or image is not known")
     return rows, status
@@ -5248,6 +5300,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         words = self.prog.split()
+        message = re.sub("^the following arguments are required: ", f"{' '.join(words[1:])} needs: ", message)
         raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
 
 
@@ -5294,6 +5347,9 @@ def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
                                        epilog=examples, **form, **listed)
         for names, how in entry.options:
             sub.add_argument(*names, **how)
+        if helping and name in TAKES_REST:
+            sub.usage = sub.format_usage().partition(" ")[2].rstrip() + (" -- command ..." if name == "exec"
+                                                                        else " [-- command ...]")
         sub.set_defaults(run=entry.run)
     return parser
 
@@ -5338,6 +5394,10 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     words, rest, bare = split_command_line(argv)
     out.as_json = "--json" in words
     opts, unknown = build_parser(words).parse_known_args(words)
+    late = {"-v": "verbose", "--verbose": "verbose", "-q": "quiet", "--quiet": "quiet"}
+    for word in filter(late.__contains__, list(unknown)):       # typed last, by somebody who wants to know more
+        setattr(opts, late[word], True)
+        unknown.remove(word)
     for name in {"labels", "paths"} & set(vars(opts)):
         if not any(word.startswith("-") for word in unknown):       # behind an option argparse does not look for them
             getattr(opts, name).extend(unknown)
