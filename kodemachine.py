@@ -2384,7 +2384,7 @@ class Manager:
             raise UsageError(f"there is no machine {label}; did you mean {near!r}?",
                              f"To make a machine of that name all the same: kodemachine start {label}")
         if other:
-            self._notes.warn(f"{label} is a new machine; there is a {other}, too")
+            self._notes.warn(f"{label} is a new machine; {other} exists, too")
 
     def _keep_as_it_is(self, row: Row, label: str, wishes: Wishes) -> None:
         """Refuses wishes that only a new machine, or one that is off, could fulfil."""
@@ -3185,6 +3185,7 @@ class Creator:
     def done(self, vm: VM) -> None:
         """Forgets that the machine was being made, and drops the files that were only needed for that."""
         self._manager.state.record(vm.uuid, name=self._plan.name, making=None, sealed=None, new=None)
+        Intent(self._manager.state, self._working_name).remove()        # a run that was cut off may have left it
         for ending in (".qcow2", ".iso"):
             with contextlib.suppress(OSError):
                 os.unlink(self._path(ending))
@@ -4284,6 +4285,7 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
         near = near_command(labels[0])
         raise UsageError(f"there is no command {labels[0]}; did you mean {near!r}?" if near else
                          "one label at a time, unless with: kodemachine start -d",
+                         f"kodemachine {near} {' '.join(labels[1:])}" if near else
                          f"To run a command there: kodemachine {labels[0]} -- {' '.join(labels[1:])}")
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
@@ -4685,7 +4687,7 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power in (Power.STOPPED, Power.PAUSED) or (vm.power is not Power.STARTED and not opts.wait):
         raise WrongState(f"{vm.name} is {vm.power.value}, it has no address",
-                         f"Start it: kodemachine start -d {vm.name}")
+                         f"Start it: kodemachine start -d {opts.label}")
     if opts.all:
         addresses = vm.addresses()
         if not addresses:

@@ -7806,6 +7806,19 @@ class CreateTest(FleetCase):
         self.assert_says(self.create(code=4), 4, uuid, "Delete it in UTM")
         self.assertEqual(self.mirror.asked, [])
 
+    def test_killed_before_its_intent_is_dropped_the_next_run_drops_it(self) -> None:
+        patch = (
+            "import os, signal\n"
+            "def unlink(path, real=os.unlink):\n"
+            "    os.kill(os.getpid(), signal.SIGKILL) if path.endswith('.json') else real(path)\n"
+            "os.unlink = unlink\n"
+        )
+        command = self.command("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img", "--user", "me")
+        command[command.index(self.LAUNCH)] = patch + self.LAUNCH
+        self.assertEqual(self.run_program(command).code, -signal.SIGKILL)
+        self.create()
+        self.assert_made()
+
     def test_one_download_at_a_time(self) -> None:
         with self.held_lock("download"):
             process = self.start_km("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img",
@@ -8054,7 +8067,7 @@ class MistakesTest(Case):
     def test_each_gets_one_line_and_the_way_on(self) -> None:
         self.image()
         for words, status, message, hint in (
-            (["sotp", "alpha"], 2, "there is no command sotp; did you mean 'stop'?", "kodemachine sotp -- alpha"),
+            (["sotp", "alpha"], 2, "there is no command sotp; did you mean 'stop'?", "kodemachine stop alpha"),
             (["alpha", "hostname"], 2, "one label at a time", "kodemachine alpha -- hostname"),
             (["exec", "alpha", "hostname"], 2, "exec does not take 'hostname'", "stands behind --"),
             (["stop", "alpha", "--now"], 2, "stop does not take '--now'", "kodemachine help stop"),
@@ -8064,7 +8077,7 @@ class MistakesTest(Case):
             (["version"], 2, "'version' is a word of kodemachine's own", "'--version'? See: kodemachine help"),
             (["shell", "alpha"], 2, "'shell' is a word of kodemachine's own", "Did you mean 'ssh'?"),
             (["launch"], 2, "there is no machine launch; did you mean 'start'?", "kodemachine start launch"),
-            (["destroy", "alpha"], 2, "there is no command destroy; did you mean 'delete'?", ""),
+            (["destroy", "alpha"], 2, "there is no command destroy; did you mean 'delete'?", "kodemachine delete alpha"),
             (["alpha", "stop"], 2, "the command comes before the label", "kodemachine stop alpha"),
             (["start", "a", "b"], 2, "several labels need --detach", "kodemachine start -d a b"),
             (["start", "-d", "a", "b", "--fresh"], 2, "need -y", ""),
@@ -8086,8 +8099,8 @@ class MistakesTest(Case):
         result = self.km("ssh", "project-alhpa")
         self.assertEqual((result.code, result.err.partition("\n")[0]),
                          (3, "kodemachine: there is no machine project-alhpa; did you mean 'project-alpha'?"))
-        for label, words in (("project-alhpa", "project-alhpa is a new machine; there is a project-alpha, too"),
-                             ("web2", ""), ("web1x", "there is a web1, too")):
+        for label, words in (("project-alhpa", "project-alhpa is a new machine; project-alpha exists, too"),
+                             ("web2", ""), ("web1x", "web1 exists, too")):
             result = self.km("start", "-d", label)      # there is no image
             self.assertEqual((result.code, "too" in result.err), (3, bool(words)), result.err)
             self.assertIn(words, result.err)
@@ -8686,8 +8699,11 @@ def demo() -> int:
 
 def sandbox() -> int:
     """A shell in which kodemachine works, on a fake UTM that ends with it."""
-    with tempfile.TemporaryDirectory(prefix="kodemachine-sandbox-") as folder:
+    folder = tempfile.mkdtemp(prefix="kodemachine-sandbox-")
+    try:
         stage = Stage(os.path.realpath(folder))
+        # Where this folder is missing, fish fills it in the background, even while we delete it.
+        os.makedirs(os.path.join(stage.home, ".local", "share", "fish", "generated_completions"))
         print("kodemachine works in this shell, on a fake UTM; but not cp and ssh by name, for ssh is imitated too.")
         print("Try: kodemachine project-alpha. To leave: exit")
         # Its prompt and Tab, whatever the system's own start files say; and zsh asks no questions of a new user.
@@ -8704,6 +8720,8 @@ def sandbox() -> int:
         shell = os.environ.get("SHELL", "/bin/sh")
         subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home)
         return 0
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)       # a shell's children may still be writing there
 
 
 # ---- the README
