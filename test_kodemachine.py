@@ -3447,7 +3447,7 @@ class CrashTest(SpawnCase):
         wait_for(lambda: len(self.calls(verb)) >= number)
 
     def test_ctrl_c_on_a_terminal_ends_it_and_leaves_the_terminal_sane(self) -> None:
-        self.utm.option(clone_seconds=0.8)
+        self.utm.option(clone_seconds=2.0)
         terminal = self.km_tty("start", "-d", "alpha", env={"TERM": "xterm"})
         terminal.expect(b"cloning")
         wait_for(self.clone_is_under_way)
@@ -5246,11 +5246,12 @@ class StatusTest(FleetCase):
 
     def test_ip_waits_as_long_as_it_is_told(self) -> None:
         sshd = self.with_sshd()
-        uuid = self.vm("web", "starting", ips=sshd.hosts, agent_after=0.5)
-        with self.utm.fake as utm:
-            utm.later(0.5, "become", uuid, "starting", "started")
+        uuid = self.vm("web", "starting", ips=sshd.hosts, stuck=["starting"])
         self.assert_says(self.km("ip", "web"), 4, "km-web is starting")
-        self.assertEqual(self.km("ip", "web", "--wait", "20").out, sshd.hosts[0] + "\n")
+        waiting = self.start_km("ip", "web", "--wait", "60")
+        wait_for(lambda: self.utm.calls("ip-address"))
+        self.utm.change(uuid, status="started", up_at=0.0)
+        self.assertEqual(self.ended(waiting).out, sshd.hosts[0] + "\n")
         self.vm("mute", "started", agent_after=None)
         self.assert_says(self.km("ip", "mute", "--wait", "0.3"), 6, "its guest agent tells no address")
 
@@ -5997,7 +5998,7 @@ class RmTest(FleetCase):
             self.assertNoChildrenLeft()
 
     def test_signals_while_deleting_do_not_stop_it(self) -> None:
-        self.utm.change(IMAGE, stop_seconds=0.7)
+        self.utm.change(IMAGE, stop_seconds=1.5)
         for first, codes in ((signal.SIGTERM, {143}), (None, {129, 130, 143})):  # None: the session ends by itself
             process = self.session()
             if first:
@@ -6199,7 +6200,7 @@ class StartTest(FleetCase):
         self.with_sshd()
         uuid = self.vm("a")
         self.remember(a={"new": True})
-        self.utm.fault("configure", delay=0.3, when="before")
+        self.utm.fault("configure", delay=1.5, when="before")
         process = self.start_km("start", "-d", "a", "--cpus", "2")
         wait_for(lambda: self.utm.calls("configure", "osascript"))
         self.utm.change(uuid, status="started")
@@ -7793,7 +7794,7 @@ class CreateTest(FleetCase):
         self.assertEqual(len(self.downloads()), 1)
 
     def test_an_image_that_was_chosen_meanwhile_stays_chosen(self) -> None:
-        self.utm.fault("make", delay=0.3, when="before")
+        self.utm.fault("make", delay=1.5, when="before")
         process = self.start_km("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img", "--user", "me")
         wait_for(lambda: self.utm.calls("make", tool="osascript"))
         path = self.config(base_image="mine")
@@ -8077,7 +8078,7 @@ class MistakesTest(Case):
             (["version"], 2, "'version' is a word of kodemachine's own", "'--version'? See: kodemachine help"),
             (["shell", "alpha"], 2, "'shell' is a word of kodemachine's own", "Did you mean 'ssh'?"),
             (["launch"], 2, "there is no machine launch; did you mean 'start'?", "kodemachine start launch"),
-            (["destroy", "alpha"], 2, "there is no command destroy; did you mean 'delete'?", "kodemachine delete alpha"),
+            (["destroy", "alpha"], 2, "there is no command destroy; did you mean 'delete'?", "machine delete alpha"),
             (["alpha", "stop"], 2, "the command comes before the label", "kodemachine stop alpha"),
             (["start", "a", "b"], 2, "several labels need --detach", "kodemachine start -d a b"),
             (["start", "-d", "a", "b", "--fresh"], 2, "need -y", ""),
