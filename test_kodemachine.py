@@ -8405,8 +8405,8 @@ class World(SpawnCase):
                 met = utm.state["faults"][0].get("seen", 0) >= int(number)
             # A question for addresses that nobody waits for may be ended before it is counted.
             if not met and verb != "ip-address":
-                self.assertIn(verb, LOOKS, "there was no such call")
-                return          # a state is asked for as often as time demands: this time it was enough before
+                self.assertTrue(verb in LOOKS or int(number) > 1, "there was no such call")
+                return          # what is repeated, is so as often as time demands: this time it was enough before
             killed = killed and met
         first = self.result
         if killed:
