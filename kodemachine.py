@@ -2584,7 +2584,6 @@ class Manager:
         found = []
         for row in rows:
             record, on_disk = records.get(row.uuid, {}), disks.get(row.uuid, Disk())
-            image = image_of(record)
             found.append(
                 Machine(
                     None if row in images else self.label_of(row.name),
@@ -2592,7 +2591,7 @@ class Manager:
                     row.uuid,
                     row.power.value,
                     next(iter(addresses.get(row.uuid, [])), None),
-                    (image or {}).get("name"),
+                    image_of(record).get("name"),
                     on_disk.memory,
                     on_disk.size,
                     on_disk.frees,
