@@ -1055,11 +1055,16 @@ class Config:
         return Settings(**{key: os.path.expanduser(value) if key in PATHS else value for key, value in found.items()})
 
     def set(self, key: str, text: str) -> None:
-        """Sets one key (an empty text unsets it) and keeps the others. A symlinked file keeps its link."""
+        """Sets one key (an empty text unsets it) and keeps the others. A symlinked file keeps its link.
+
+        A relative path is stored as what it means here and now: other runs are in other folders.
+        """
         found = self.load(unless=key)       # so what is wrong with it can be mended
         was_set = found.pop(key, None) is not None
         value: object = text
-        if key in SETTINGS and type(Settings._field_defaults[key]) in (int, float, bool):
+        if key in PATHS and text and not text.startswith("~"):
+            value = os.path.abspath(text)
+        elif key in SETTINGS and type(Settings._field_defaults[key]) in (int, float, bool):
             with contextlib.suppress(ValueError):
                 value = json.loads(text)
         if text != "" or not was_set:
@@ -1832,14 +1837,14 @@ class VM:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
 
         It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
-        for one killed by a signal, and for a lost result (contract 1.3). The `--` in front of it, which is the shell's
-        $0, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
+        for one killed by a signal, and for a lost result (contract 1.3). The `--`, which the shell takes for the end of its
+        options, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
         After `limit` seconds it is no longer listened to.
         Raises KodeError if the command was not run, or if how it ended is not known.
         """
         mark = f"kodemachine-{os.urandom(8).hex()}:"
         script = f'"$@"; code=$?; printf "\\n{mark}%s\\n" "$code" >&2; exit "$code"'
-        words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", script, "--", *argv]
+        words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", "--", script, "sh", *argv]
         call = self._utm.begin("exec", *words, limit=limit, stdin=subprocess.DEVNULL if stdin is None else stdin)
         reply = self._utm.finish(call)
         assert reply
@@ -5065,6 +5070,8 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
             raise UsageError("config set needs a key and a value", "Keys: " + ", ".join(SETTINGS))
         with ctx.manager.state.lock("fleet", 30, what="the fleet"):
             ctx.config.set(opts.key, opts.value)
+        if opts.key in PATHS and opts.value and not os.path.exists(os.path.expanduser(opts.value)):
+            ctx.out.warn(f"{opts.key}: there is no {opts.value} yet")
     else:
         if opts.value is not None:
             raise UsageError("config get takes one key and no value",

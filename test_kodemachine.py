@@ -3766,7 +3766,8 @@ class ConfigTest(Case):
         self.assertEqual(self.km("config", "path").out, self.path + "\n")
         for key, value, stored in (("ssh_port", "2222", 2222), ("headless", "false", False), ("base_image", "7", "7"),
                                    ("identity_file", "~/id", "~/id"), ("boot_timeout", "1.5", 1.5)):
-            self.assertEqual(self.km("config", "set", key, value), (0, "", ""))
+            there_is_none = f"kodemachine: warning: {key}: there is no {value} yet\n" if key == "identity_file" else ""
+            self.assertEqual(self.km("config", "set", key, value), (0, "", there_is_none))
             self.assertEqual(json.loads(self.read())[key], stored)
         self.assertEqual(self.km("config", "get", "ssh_port").out, "2222\n")
         self.assertEqual(self.km("config", "get", "identity_file").out, f"{self.home}/id\n")
@@ -3776,6 +3777,15 @@ class ConfigTest(Case):
         self.assertEqual(self.km("config", "set", "ssh_port", "").code, 0)
         self.assertEqual(self.km("config", "get", "ssh_port").out, "22\n")
         self.assertEqual(json.loads(self.read())["ssh_user"], "me")
+
+    def test_a_relative_path_is_kept_as_what_it_means_where_it_is_set(self) -> None:
+        script = os.path.join(self.home, "set up.sh")
+        os.close(os.open(script, os.O_CREAT))
+        for key, path in (("first_boot", "set up.sh"), ("documents", "."), ("identity_file", "./x/../set up.sh")):
+            self.assertEqual(self.km("config", "set", key, path).code, 0)
+            self.assertEqual(json.loads(self.read())[key], self.home if path == "." else script)
+        self.assertEqual(self.km("config", "set", "first_boot", "").code, 0)
+        self.assertNotIn("first_boot", json.loads(self.read()))
 
     def test_what_cannot_be_is_not_set(self) -> None:
         self.write('{"ssh_user": "me"}')
@@ -4120,6 +4130,11 @@ class ExecTest(Case):
     def test_words_stay_words_whatever_they_look_like(self) -> None:
         words = ["---x", "-=y", "--", "--cmd", "--hide", "a b", "$HOME", "*", ""]
         self.assertEqual(self.execute("printf", "<%s>\\n", *words).out, "".join(f"<{word}>\n" for word in words))
+
+    def test_a_program_that_is_not_there_is_named(self) -> None:
+        missing = self.execute("nosuch", "--version")
+        self.assertEqual((missing.code, missing.out), (127, ""))
+        self.assertRegex(missing.err, "^sh: .*nosuch")
 
     def test_input_is_passed_on_only_if_asked_for(self) -> None:
         text = "0123456789abcdef\n" * 20000
