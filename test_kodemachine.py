@@ -6678,6 +6678,19 @@ class FirstBootTest(FleetCase):
         self.assertEqual(terminal.attributes(), terminal.before)
         self.assertEqual(self.record("a")["first_boot"], "pending")
 
+    def test_a_signal_ends_it_and_it_is_run_again(self) -> None:
+        self.with_sshd(first_boot=self.script)
+        self.write_script("#!/bin/sh", "echo ready", "exec sleep 30")
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            process = self.start_km("start", "-d", "a")
+            assert process.stderr
+            while process.stderr.readline() not in (b"ready\n", b""):
+                pass
+            process.send_signal(number)
+            self.assertEqual(self.ended(process)[:2], (128 + number, ""))
+            self.assertNoChildrenLeft()
+            self.assertEqual(self.record("a")["first_boot"], "pending")
+
 
 class OutTest(FleetCase):
     """What a person and a pipe read."""
