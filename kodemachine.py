@@ -113,8 +113,8 @@ NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System
                "or before somebody has logged in at the screen.")
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
-MAC_SETTING = ("Turn on 'Regenerate MAC addresses on clone' in UTM (Settings > Network), "
-               "or allow osascript to control UTM.")
+MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has one "
+               "of its own from the start.")
 
 # ---- errors
 
@@ -447,8 +447,9 @@ def one_edit(word: str, other: str) -> bool:
 
 def near_command(label: str) -> str | None:
     """The command that was perhaps meant: as other tools call it, or of three letters or more and one edit away."""
-    return ELSEWHERE.get(label) or next(
-        (word for word in sorted(RESERVED) if len(word) >= 3 and one_edit(label, word)), None)
+    words = sorted(RESERVED - {"proxy"})        # which is not for people
+    near = label if label in ELSEWHERE else next((w for w in words if len(w) >= 3 and one_edit(label, w)), None)
+    return near and ELSEWHERE.get(near, near)
 
 
 def near_label(label: str, labels: Iterable[str]) -> str | None:
@@ -1221,7 +1222,7 @@ class Utmctl:
                     f"there is no {program}{where}",
                     "Install UTM (brew install --cask utm), or name its utmctl: kodemachine config set utmctl PATH"
                     if program == "utmctl"
-                    else MAC_SETTING,
+                    else "It comes with macOS: see that /usr/bin is on PATH.",
                 )
             self._found[program] = os.path.realpath(usable[0]) if program == "utmctl" else usable[0]
         return self._found[program]
@@ -1576,7 +1577,7 @@ class VM:
     def __init__(self, utm: Utmctl, row: Row) -> None:
         self._utm, self._notes = utm, utm.notes
         self.uuid, self.name, self.power = row.uuid, row.name, row.power
-        self._lost = 0
+        self._lost = self._refused = 0
 
     def status(self) -> Power:
         """The state as UTM tells it now; UNKNOWN if it does not. Raises NotFound if a clean list lacks the machine."""
@@ -1587,6 +1588,18 @@ class VM:
             raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile", "See what is there: kodemachine list")
         return self.power
 
+    def _ask(self, verb: str, *args: str, limit: float | None = None) -> Reply:
+        """One request to change the machine's state, after which callers look at that before they ask again.
+
+        Raises Unreachable where -10004 was the answer twice, and has changed nothing: then it is no chance, but a
+        permission that lacks (contract 4).
+        """
+        if self._refused == 2:
+            raise Unreachable(f"UTM did not take the order ({verb} {self.name}) (-10004)", NOT_ALLOWED)
+        reply = self._utm.insist(self._utm.call(verb, *args, limit=limit))
+        self._refused = self._refused + 1 if reply.numbers[-1:] == (-10004,) else 0
+        return reply
+
     def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
                  before_cold: Callable[[], None] | None = None) -> None:
         """Starts or resumes, until the state is `started`; the state is believed, never the exit status (contract 2).
@@ -1595,24 +1608,25 @@ class VM:
         `limit` seconds, or KodeError with UTM's words if it stays as it was after three requests.
         """
         options = ["--hide"] * hide + ["--disposable"] * disposable
-        asked, again_at, complaint = 0, 0.0, ""
+        asked, again_at = 0, 0.0
+        reply: Reply | None = None
         told: Power | None = self.power         # by the list that this machine was just taken from
         for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
             power, told = told or self.status(), None
             if power is Power.STARTED:
                 return
             if power in (Power.STOPPED, Power.PAUSED) and time.monotonic() >= again_at:
-                if asked == 3:
-                    raise KodeError(
-                        f"{self.name} does not start, it stays {power.value}" + (f": {complaint}" if complaint else ""),
-                        "Try it in UTM's window; it may show more.",
-                    )
+                if reply and asked == 3:
+                    lost = reply.outcome in (Outcome.TRANSIENT, Outcome.HUNG)       # no answer within the time
+                    words = reply.sentence or "UTM did not answer" * lost
+                    raise (TimedOut if lost else KodeError)(
+                        f"{self.name} does not start, it stays {power.value}" + (f": {words}" if words else ""),
+                        "Try it in UTM's window; it may show more.")
                 if power is Power.STOPPED and before_cold:
                     before_cold()
                     self.power_on(limit, hide=hide, disposable=disposable)
                     return
-                reply = self._utm.insist(self._utm.call("start", *options, self.uuid))
-                complaint = reply.sentence
+                reply = self._ask("start", *options, self.uuid)
                 asked, again_at = asked + 1, time.monotonic() + ASK_AGAIN
         raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})",
                        "Look at it in UTM's window, or allow more time with --timeout.")
@@ -1707,7 +1721,7 @@ class VM:
             if reply.outcome is Outcome.REFUSED:
                 raise Unreachable(
                     f"{self.name} was not started: macOS does not permit to check its network address (-1743)",
-                    f"{MAC_SETTING} {NOT_ALLOWED}",
+                    f"{NOT_ALLOWED} {MAC_SETTING}",
                 )
             if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
                 if self.status() is not Power.STOPPED:      # perhaps by what an earlier run had asked of UTM
@@ -1734,8 +1748,8 @@ class VM:
                 return
             if time.monotonic() >= again_at and power in (Power.STARTED, Power.PAUSED):
                 words = ("stop", self.uuid, "--request") if power is Power.STARTED else ("start", "--hide", self.uuid)
-                self._utm.insist(self._utm.call(*words))
-                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED else ASK_AGAIN)
+                heard = not was_not_heard(self._ask(*words))
+                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED and heard else ASK_AGAIN)
         raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
                        f"Turn it off hard: kodemachine stop --force {self.name}")
 
@@ -1751,7 +1765,7 @@ class VM:
                     if power is Power.PAUSED:       # --force is refused there
                         break
                 elif time.monotonic() >= again_at and (stage == "--kill" or power is Power.STARTED):
-                    self._utm.insist(self._utm.call("stop", self.uuid, stage, limit=FORCE_STAGE / 2))
+                    self._ask("stop", self.uuid, stage, limit=FORCE_STAGE / 2)
                     again_at = time.monotonic() + ASK_AGAIN
         if self.status() is not Power.STOPPED:      # the last request was not looked after yet
             raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.value})",
@@ -1784,7 +1798,7 @@ class VM:
                     raise KodeError(f"{self.name} cannot be suspended: {asked.sentence}",
                                     f"It still runs. To shut it down instead: kodemachine stop {self.name}")
                 repeated = asked is not None
-                asked = self._utm.insist(self._utm.call("suspend", self.uuid, *["--save-state"] * save))
+                asked = self._ask("suspend", self.uuid, *["--save-state"] * save)
                 again_at = time.monotonic() + ASK_AGAIN
         raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})",
                        f"See what became of it: kodemachine status {self.name}")
@@ -1808,14 +1822,15 @@ class VM:
             if row.power is not Power.STOPPED:
                 raise WrongState(f"{self.name} is {row.power.value} and was not deleted",
                                  "Stop it first, or add --force.")
-            if asked == 2:
+            if asked == 2 > self._refused:
                 break
-            reply = self._utm.insist(self._utm.call("delete", self.uuid))
+            reply = self._ask("delete", self.uuid)
             complaint = reply.sentence
             if reply.outcome is Outcome.FAILED and asked:
                 raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Look at it in UTM's window.")
             asked += 1
-            again_at = time.monotonic() + (1.0 if reply.outcome in (Outcome.FAILED, Outcome.MISSING) else DELETE_SETTLE)
+            quick = reply.outcome is Outcome.FAILED or was_not_heard(reply)
+            again_at = time.monotonic() + (1.0 if quick else DELETE_SETTLE)
         raise TimedOut(
             f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
             "Look at it in UTM's window, then try again.",
@@ -1837,8 +1852,8 @@ class VM:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
 
         It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
-        for one killed by a signal, and for a lost result (contract 1.3). The `--`, which the shell takes for the end of its
-        options, lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
+        for one killed by a signal, and for a lost result (contract 1.3). The `--`, to the shell the end of its options,
+        lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
         After `limit` seconds it is no longer listened to.
         Raises KodeError if the command was not run, or if how it ended is not known.
         """
@@ -1964,8 +1979,9 @@ class Cloner:
 
         `inherits`: what to record of the copy, unless it is only that `base` is its image.
         """
+        if self._await_other_calls(base):
+            rows = self._utm.rows()         # theirs have come since
         self.must_be_free(name, rows)
-        self._await_other_calls(base)
         return self._bring(base, name, rows, f"cloning {base.name} to {name}",
                            ("clone", base.uuid, "--name", name), inherits)
 
@@ -2003,15 +2019,28 @@ class Cloner:
         number = f" ({call.reply.numbers[-1]})" if call.reply.numbers else ""
         raise Unreachable(f"UTM did not take the order ({what}){number}", "Open UTM and try again. " + NOT_ALLOWED)
 
-    def _await_other_calls(self, base: Row) -> None:
-        """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3)."""
+    def _await_other_calls(self, base: Row) -> bool:
+        """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3).
+
+        Returns whether there were any; raises TimedOut if one does not end.
+        """
+        waited = False
         for name in self._state.intents():
             intent = Intent(self._state, name)
             if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
+                waited = True
                 self._notes.step(f"waiting until UTM has cloned {name}")
                 for _ in attempts(self._limit, self._notes.tick):
                     if not intent.call_alive():
                         break
+                else:
+                    raise self._under_way(name)
+        return waited
+
+    @staticmethod
+    def _under_way(name: str) -> TimedOut:
+        return TimedOut(f"the call that an earlier run made for {name} is still under way; UTM may still be copying",
+                        "Run the same command again later. If that does not help, quit UTM and open it again.")
 
     def _await(self, name: str, intent: Intent, found: dict[str, Any], call: Call | None, limit: float) -> Row | None:
         """The machine that comes of an intent; None if there is none, and no later one to be feared.
@@ -2060,6 +2089,8 @@ class Cloner:
         if call:
             raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
                            "Run the same command again: it finds the machine if it has come, and makes no second one.")
+        if intent.call_alive():
+            raise self._under_way(name)
         return None
 
     def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
@@ -2141,14 +2172,14 @@ class Handoff:
                    "Port": str(self._settings.ssh_port)}
         return ["ssh", *as_words(options), "--", address, *command]
 
-    def name_options(self) -> dict[str, str]:
+    def name_options(self, pinned: bool = True) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
 
         No Port and no HostKeyAlias: so the host key is looked up under the plain name. The program by its absolute
         path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
         proxy = shlex.join([*own_command(), *self._words]).replace("%", "%%")
-        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(True)}
+        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(pinned)}
 
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
@@ -2339,10 +2370,17 @@ class Manager:
         """A new machine of that label, or the one that an earlier run began to make."""
         name = self.settings.prefix + label
         with self.fleet():
+            intent = Intent(self.state, name)
+            begun = intent.load()
             row = self.cloner.finish(name)
             if row:
                 self.cloner.adopt(row)
                 self._keep_as_it_is(row, label, wishes)
+            elif begun and begun.get("inherits", {}).get("fork"):       # else this one would pass for that copy
+                intent.remove()
+                raise WrongState(f"nothing has come of an earlier run that was to clone {begun['base']} to {name}",
+                                 f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
+                                 "run the same command again.")
             rows = self.utm.rows()
             if row is None:
                 row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows)
@@ -2369,7 +2407,7 @@ class Manager:
             found = Intent(self.state, name).load()
             if found and found["base_uuid"] != vm.uuid:
                 raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
-                                 f"To complete that: kodemachine {new}")
+                                 f"To complete that: {self.to_complete(name, found)}")
             row = self.cloner.finish(name)
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
@@ -2379,6 +2417,12 @@ class Manager:
                                             fork=True, first_boot=hook)
             self.cloner.adopt(row)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
+
+    def to_complete(self, name: str, found: dict[str, Any]) -> str:
+        """The command line that completes the clone of which an intent says `found`."""
+        label = self.label_of(name)
+        return f"kodemachine clone {self.label_of(found['base'])} {label}" if found.get("inherits", {}).get("fork") \
+            else f"kodemachine {label}"
 
     def _may_clone(self, label: str, wishes: Wishes, labels: Iterable[str]) -> None:
         near, other = near_command(label), near_label(label, labels)
@@ -2559,18 +2603,18 @@ class Manager:
 
     # -- looking
 
-    def running(self, label: str) -> tuple[VM, str]:
+    def running(self, label: str) -> tuple[VM, str, bool]:
         """A machine that runs, and the address at which it answers; it is neither cloned nor started for that.
 
-        Raises NotFound or WrongState. Its host keys are pinned when this returns. Callers hold the label's lock.
+        And whether its host keys are known, which then are pinned. Raises NotFound or WrongState. Callers hold the
+        label's lock.
         """
         wishes = Wishes(may_clone=False)
         vm, call = self.obtain(label, wishes)
         if vm.power is not Power.STARTED:
             raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {label}")
         address = self.bring_up(vm, label, wishes, call)
-        self.handoff.pin(vm)
-        return vm, address
+        return vm, address, self.handoff.pin(vm)
 
     @property
     def documents(self) -> str:
@@ -2613,12 +2657,14 @@ class Manager:
         record = self.record_of(vm.uuid)
         if vm.power is Power.STOPPED:
             return "is stopped already" + (", with a saved session" if record.get("saved") else "")
+        # A session on disk is lost when the machine goes on, and not by turning off one that is paused (contract 2).
+        saved = record.get("saved") if (force or kill) and vm.power is Power.PAUSED else None
         if force or kill:
             vm.force_off(kill)
         else:
             vm.ask_to_stop(limit)
-        self.state.record(vm.uuid, saved=None, **without_trace(record))
-        return "stopped"
+        self.state.record(vm.uuid, saved=saved, **without_trace(record))
+        return "stopped" + ", with a saved session" * bool(saved)
 
     def suspend(self, label: str, *, save: bool) -> str:
         """Pauses a machine to memory, or to disk; returns what was done."""
@@ -3023,10 +3069,6 @@ class Images:
             raise KodeError(f"UTM did not rename {vm.name} to {name}: {reply.sentence}",
                             "Rename it in UTM, or run the same command again.")
 
-    def is_only(self, vm: VM) -> bool:
-        """Whether there is no other image."""
-        return {row.uuid for row in self._manager.images(self._utm.rows())} <= {vm.uuid}
-
 
 class Sealer:
     """Makes a machine fit for an image, from inside, through its guest agent; what was cut off, the next run ends."""
@@ -3278,10 +3320,13 @@ class Creator:
         folder, _, name = url.rpartition("/")
         target = os.path.join(self._cache, re.sub(r"[^\w.-]", "-", name))
         part = target + ".part"
-        sums = self._run("curl", *CURL, "--url", f"{folder}/SHA256SUMS")
+        reply = self._utm.call("curl", *CURL, "--url", f"{folder}/SHA256SUMS", limit=TOOL_LIMIT)
+        missing = reply.code == 22          # so curl ends where the server has no such file
+        sums = "" if missing else self._must("curl", reply)
         found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
         if not found:
-            raise KodeError(f"{folder}/SHA256SUMS does not list {name}",
+            raise KodeError(f"there is no {folder}/SHA256SUMS" if missing else
+                            f"{folder}/SHA256SUMS does not list {name}",
                             "Download and check it yourself, then name the file: --image FILE")
         if self._digest(target) == found[1]:
             return target
@@ -3642,13 +3687,16 @@ class Doctor:
         if vanished:
             yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
         for name in state.intents():
-            if not Intent(state, name).call_alive() and not state.locked(name):
-                again = self._manager.label_of(name)
+            intent = Intent(state, name)
+            if not intent.call_alive() and not state.locked(name):
+                again = ""
                 if name.startswith(UNFINISHED):
-                    again = f"base create {name[len(UNFINISHED + 'kodeimage-'):]}"
+                    again = f"kodemachine base create {name[len(UNFINISHED + 'kodeimage-'):]}"
                 elif IMAGE.fullmatch(name):
-                    again = f"base seal VM --as {name[len('kodeimage-'):]} (VM: what it was cloned from)"
-                yield (WARNING, f"the making of {name} was cut off", f"To complete it: kodemachine {again}" if again
+                    again = f"kodemachine base seal VM --as {name[len('kodeimage-'):]} (VM: what it was cloned from)"
+                elif self._manager.label_of(name):
+                    again = self._manager.to_complete(name, intent.load() or {})
+                yield (WARNING, f"the making of {name} was cut off", f"To complete it: {again}" if again
                        else f"rm {shlex.quote(state.path('intents', name + '.json'))}")
         for folder in (state.folder, state.path("intents")):
             for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
@@ -4500,11 +4548,13 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
         operands.append(path)
     if not labels:
         raise UsageError("none of these paths is in a machine", "Such as: kodemachine cp notes.txt project-alpha:")
+    pinned = True
     for label in dict.fromkeys(labels):
-        with ctx.manager.holding(label):
-            ctx.manager.running(label)      # says at once, and in our words, what scp could only guess
+        with ctx.manager.holding(label):        # says at once, and in our words, what scp could only guess
+            pinned = ctx.manager.running(label)[2] and pinned
     ctx.out.end_step()
-    become(["scp", *["-r"] * opts.recursive, "-3", *as_words(ctx.manager.handoff.name_options()), "--", *operands])
+    options = as_words(ctx.manager.handoff.name_options(pinned))
+    become(["scp", *["-r"] * opts.recursive, "-3", *options, "--", *operands])
 
 
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
@@ -4524,6 +4574,9 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
         before = read_text(theirs, "surrogateescape") or ""
     except OSError as failure:
         raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
+    if " proxy %h" not in (read_text(ours, "surrogateescape") or " proxy %h"):
+        raise KodeError(f"{ours} is not kodemachine's, and stays as it is",
+                        "Keep config.json in a folder of its own, or paste what is shown without --install.")
     write_file(ours, stanza)
     if include not in before.splitlines():
         if before:
@@ -4543,7 +4596,9 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
         raise NotFound(f"{opts.name} is no machine's name", "See what is there: kodemachine list")
     ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
-        vm, address = ctx.manager.running(label)
+        vm, address, pinned = ctx.manager.running(label)
+    if not pinned:
+        ctx.out.warn(f"the host key of {vm.name} is not known yet; what learns it is: kodemachine ssh {label}")
     try:
         connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
     except OSError as failure:
@@ -4693,8 +4748,11 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
         raise WrongState(f"{vm.name} is {vm.power.value}, it has no address",
                          f"Start it: kodemachine start -d {opts.label}")
     if opts.all:
-        addresses = vm.addresses()
-        if not addresses:
+        for _ in attempts(opts.wait or 0.0, ctx.out.tick, 0.3):
+            addresses = vm.addresses()
+            if addresses:
+                break
+        else:
             raise KodeError(f"the guest agent of {vm.name} tells no address",
                             f"While it boots, wait: kodemachine ip --wait 60 {vm.name}")
         ctx.out.result("\n".join(addresses))
@@ -4810,9 +4868,9 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     if opts.as_json:
         out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
         return status
+    if not opts.dry_run:
+        manager.tidy()
     if not rows:
-        if not opts.dry_run:
-            manager.tidy()
         out.note("nothing to purge")
         return status
     machines = manager.survey(rows, ip=False)
@@ -4839,7 +4897,6 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
         except Busy as failure:
             return f"{label} left: {failure.message}"
     status = each(ctx, list(states), purge) or status
-    manager.tidy()
     left = {row.uuid for row in manager.utm.rows()}
     tell_gain(ctx, free_before, sum(machine.frees or 0 for machine in machines if machine.uuid not in left))
     return status
@@ -4975,10 +5032,13 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     creator = Creator(manager, cache_folder(), plan)
     vm = creator.create()
     with manager.fleet():
-        if not ctx.config.settings().base_image and Images(manager).is_only(vm):     # it may have been set meanwhile
+        rows, configured = manager.utm.rows(), ctx.config.settings().base_image     # it may have been set meanwhile
+        if not configured and {row.uuid for row in manager.images(rows)} <= {vm.uuid}:
             ctx.config.set("base_image", vm.name)
     creator.done(vm)
-    ctx.out.note(f"{vm.name} is ready; a machine from it: kodemachine project-alpha")
+    ctx.out.note(f"{vm.name} is ready; " + (
+        "a machine from it: kodemachine project-alpha" if (configured or manager.configured(rows)) in (vm.name, vm.uuid)
+        else f"to have new machines from it: kodemachine base use {vm.name}"))
     if user != user_name(manager.settings.ssh_user):
         ctx.out.note(f"Its user is {user}: kodemachine config set ssh_user {user}")
     return 0

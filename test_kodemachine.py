@@ -3008,7 +3008,9 @@ class SpawnTest(SpawnCase):
             with self.subTest(operation=operation, **fault):
                 self.utm.clear_faults()
                 self.utm.fault(operation, **fault)
-                self.assertIn("Regenerate MAC addresses on clone", self.spawn(code=code).err)
+                err = self.spawn(code=code).err
+                self.assertIn("Regenerate MAC addresses on clone", err)
+                self.assertEqual("Automation" in err, code == 5)
         self.assertEqual(self.utm.calls("start"), [])
         self.utm.clear_faults()
         self.spawn()
@@ -3111,6 +3113,8 @@ class SpawnTest(SpawnCase):
             ("lst", "list"),
             ("atach", "attach"),
             ("stopp", "stop"),
+            ("log", "attach"),
+            ("shells", "ssh"),
         ):
             with self.subTest(word):
                 err = self.spawn(word, code=2).err
@@ -3222,6 +3226,22 @@ class ForkTest(SpawnCase):
             self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
             self.assertEqual(self.record("km-beta")["image"]["uuid"], self.base)
             self.spawn("delete", "-f", "beta")
+
+    def test_one_of_which_nothing_came_is_not_made_from_the_image_unasked(self) -> None:
+        parent = self.parent()
+        self.use(clone_timeout=2)
+        self.utm.fault("clone", kill_parent="before", silent=True)
+        self.assertEqual(self.km("clone", "alpha", "beta").code, -signal.SIGKILL)
+        self.utm.clear_faults()
+        doctor = [finding["remedy"] for finding in json.loads(self.km("doctor", "--json").out)]
+        self.assertIn("To complete it: kodemachine clone alpha beta", doctor)
+        err = self.spawn("start", "-d", "beta", code=4).err
+        self.assertIn("nothing has come of an earlier run that was to clone km-alpha to km-beta", err)
+        self.assertIn("To clone it: kodemachine clone alpha beta;", err)
+        self.assert_machines("km-alpha")
+        self.use(clone_timeout=30)
+        self.spawn("clone", "alpha", "beta")
+        self.assertEqual(self.utm.machine("km-beta")["copied_from"], parent)
 
     def test_a_fork_that_could_not_be_renewed_is_renewed_by_the_next_cold_start(self) -> None:
         self.parent()
@@ -3344,6 +3364,8 @@ class FaultTest(SpawnCase):
             ("-1712, not done", 0, 2, "", {"error": -1712, "times": 1}),
             ("refused by UTM for ever", 1, 3, "Disk locked.", {"error": -2700, "string": "Disk locked."}),
             ("no permission", 5, 1, "Automation", {"error": -1743}),
+            ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
+            ("-1712 for ever", 6, 3, "it stays stopped: error -1712", {"error": -1712}),
             ("crashed, though done", 0, 1, "", {"crash": "TRAP", "when": "after"}),
             ("an error of --hide before it", 0, 1, "", {"hide_error": -609}),
         ]
@@ -3442,6 +3464,22 @@ class CrashTest(SpawnCase):
             os.kill(pid, signal.SIGKILL)
         self.spawn()
         self.assert_machines("km-alpha")
+
+    def test_while_the_call_of_a_killed_run_lives_nothing_is_cloned_even_when_the_time_is_over(self) -> None:
+        self.use(clone_timeout=1)
+        self.utm.fault("clone", delay=8)
+        process = self.start_km("start", "-d", "alpha")
+        wait_for(self.utm.met)
+        process.kill()
+        process.wait()
+        while True:
+            result = self.run_program(self.command("start", "-d", "alpha"))
+            if result.code == 0:
+                break
+            self.assertEqual(result.code, 6)
+            self.assertRegex(result.err, "the call that an earlier run made for km-alpha is still under way|unfinished")
+        self.assert_machines("km-alpha")
+        self.assertEqual(len(self.utm.calls("clone")), 1)
 
     def test_a_signal_at_any_step_leaves_nothing_behind_and_the_next_run_carries_on(self) -> None:
         moments: list[tuple[str, dict[str, Any]]] = [
@@ -4325,6 +4363,22 @@ class ByNameTest(Case):
         found = [os.path.join(folder, "sub/two"), os.path.join(self.home, "back/two"), os.path.join(folder, "across")]
         self.assertEqual([path for path in found if not os.path.exists(path)], [])
 
+    def test_where_the_agent_tells_no_host_key_cp_learns_it_and_the_others_say_how(self) -> None:
+        self.utm.fault("exec", error=-2700)
+        note, there = os.path.join(self.home, "note"), os.path.join(self.folder, "note there")
+        with open(note, "w", encoding="utf-8") as file:
+            file.write("x")
+        refused = self.by_name("ssh", "km-a", "true")
+        self.assertEqual(refused.code, 255)
+        self.assertIn("the host key of km-a is not known yet; what learns it is: kodemachine ssh a", refused.err)
+        copied = self.km("cp", note, f"a:{there}")
+        self.assertEqual(copied.code, 0, copied.err)
+        self.assertTrue(os.path.exists(there))
+        again = self.by_name("ssh", "km-a", "true")
+        self.assertEqual((again.code, "not known" in again.err), (0, False), again.err)
+        self.server.replace_host_key()
+        self.assertIn("REMOTE HOST IDENTIFICATION HAS CHANGED", self.km("cp", note, f"a:{there}").err)
+
     def test_cp_says_what_is_wrong_before_scp_runs(self) -> None:
         self.utm.change("km-b", status="stopped")
         for status, words in ((2, ["one"]), (2, ["one", "two"]), (3, ["one", "nosuch:"]), (4, ["b:one", "."])):
@@ -4346,6 +4400,18 @@ class ByNameTest(Case):
             self.assertEqual(file.read(), self.km("ssh-config").out)
         with open(theirs + ".before-kodemachine", encoding="utf-8") as file:
             self.assertEqual(file.read(), "Host *\n  ForwardAgent yes\n")
+
+    def test_install_overwrites_no_file_of_the_persons_beside_another_configuration(self) -> None:
+        with open(self.config(ssh_port=22), encoding="utf-8") as file:
+            text = file.read()
+        for name, content in (("config.json", text), ("ssh_config", "Host mine\n")):
+            with open(os.path.join(self.home, name), "w", encoding="utf-8") as file:
+                file.write(content)
+        result = self.km("--config", "config.json", "ssh-config", "--install")
+        self.assertEqual(result.code, 1)
+        self.assertIn(f"{file.name} is not kodemachine's, and stays as it is", result.err)
+        self.assertEqual(kodemachine.read_text(file.name), "Host mine\n")
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".ssh")))
 
     def test_install_leaves_what_is_not_utf_8_as_it_is(self) -> None:
         theirs = os.path.join(self.home, ".ssh", "config")
@@ -5305,7 +5371,9 @@ class StatusTest(FleetCase):
                 self.assert_says(self.km("ip", status, *args), 4, f"km-{status} is {status}", "start -d")
         self.vm("mute", "started", agent_after=None)
         self.assert_says(self.km("ip", "mute", "--all"), 1, "tells no address")
-        self.assert_says(self.km("ip", "nope"), 3, "no machine nope", "mute, paused, stopped")
+        self.vm("late", "started", agent_after=1, up_at=time.time(), ips=["192.168.64.9"])
+        self.assertEqual(self.km("ip", "late", "--all", "--wait", "60").out, "192.168.64.9\n")
+        self.assert_says(self.km("ip", "nope"), 3, "no machine nope", "late, mute, paused, stopped")
         self.assert_says(self.km("status", "nope"), 3, "no machine nope")
 
 
@@ -5360,6 +5428,29 @@ class StopTest(FleetCase):
         self.assertEqual((self.asked("start"), self.asked("stop")), ([["--hide", asked]], [[asked, "--request"]]))
         self.assert_says(self.km("stop", "b", "--force"), 0)
         self.assertEqual((len(self.asked("start")), self.asked("stop")[1:]), (1, [[forced, "--kill"]]))
+
+    def test_a_session_saved_to_disk_outlives_the_force_that_turns_its_machine_off(self) -> None:
+        for label, option in (("a", "--force"), ("b", "--kill")):
+            self.vm(label, "started")
+            self.assert_says(self.km("suspend", "--save", label), 0)
+            self.assert_says(self.km("stop", option, label), 0, f"{label} stopped, with a saved session")
+            self.assertTrue(self.utm.machine("km-" + label)["saved"])
+            self.assert_says(self.km("clone", label, "copy"), 4, "has a saved session")
+        self.assert_says(self.km("purge", "-y"), 0, "a left: it has a saved session")
+        self.assertEqual(self.states(), {"km-a": "stopped", "km-b": "stopped"})
+        self.assert_says(self.km("resume", "a"), 0)
+        self.assert_says(self.km("stop", "--force", "a"), 0, "a stopped\n")
+
+    def test_an_order_that_is_not_taken_twice_is_a_lack_of_permission(self) -> None:
+        for verb in ("stop", "suspend", "delete"):
+            self.vm("to-" + verb, "stopped" if verb == "delete" else "started")
+            self.utm.fault(verb, error=-10004)
+        for verb, *option in (("stop",), ("stop", "--force"), ("suspend",), ("delete",)):
+            words = f"({verb} km-to-{verb}) (-10004)"
+            self.assert_says(self.km(verb, *option, "to-" + verb), 5, words, "Automation")
+        self.assertEqual([len(self.asked(verb)) for verb in ("stop", "suspend", "delete")], [4, 2, 2])
+        self.assertEqual(set(self.states().values()), {"started", "stopped"})
+        self.assertEqual(self.states()["km-to-delete"], "stopped")
 
     def test_what_is_stopped_already_is_no_failure(self) -> None:
         self.vm("a")
@@ -5661,6 +5752,14 @@ class PurgeTest(FleetCase):
         names = self.utm.names()
         self.assertEqual(tuple(names[: len(self.KEPT)]), self.KEPT)
         return [name[3:] for name in names[len(self.KEPT) :]]
+
+    def test_machines_that_are_gone_are_forgotten_even_if_nothing_is_deleted(self) -> None:
+        self.vm("a")
+        self.write_state("machines.json", json.dumps({FakeUTM.new_uuid(): {"name": "km-gone"}}))
+        self.assert_says(self.km("purge", "--dry-run"), 0)
+        self.assertEqual(len(self.records()), 1)
+        self.assertEqual(self.km("purge").code, 2)              # without a terminal nobody can say yes
+        self.assertEqual((self.records(), self.states()), ({}, {"km-a": "stopped"}))
 
     def test_by_default_only_stopped_ones_go_and_saved_ones_are_left_with_a_line(self) -> None:
         for flag in ((), ("--stopped",)):
@@ -7841,7 +7940,7 @@ class CreateTest(FleetCase):
     def test_from_nothing_to_the_image_that_new_machines_come_from(self) -> None:
         result = self.create("--cpus", "4", "--memory", "4G", "--disk", "3G")
         self.assert_made()
-        self.assertIn("kodeimage-v0.1.0 is ready", result.err)
+        self.assertIn("kodeimage-v0.1.0 is ready; a machine from it: kodemachine project-alpha", result.err)
         self.assertIn("kodemachine config set ssh_user me", result.err)
         with open(os.path.join(self.home, ".config/kodemachine/config.json"), encoding="utf-8") as file:
             self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
@@ -7853,7 +7952,8 @@ class CreateTest(FleetCase):
         process = self.start_km("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img", "--user", "me")
         wait_for(lambda: self.utm.calls("make", tool="osascript"))
         path = self.config(base_image="mine")
-        self.assertEqual(self.ended(process).code, 0)
+        result = self.ended(process)
+        self.assert_says(result, 0, "v0.1.0 is ready; to have new machines from it: kodemachine base use kodeimage-v")
         with open(path, encoding="utf-8") as file:
             self.assertEqual(json.load(file), {"base_image": "mine"})
 
@@ -7936,6 +8036,8 @@ class CreateTest(FleetCase):
         self.assertEqual(os.listdir(self.cache), [])
         self.mirror.files["/SHA256SUMS"] = b"\n"
         self.assert_says(self.create(code=1), 1, "SHA256SUMS does not list cloud.img")
+        del self.mirror.files["/SHA256SUMS"]
+        self.assert_says(self.create(code=1), 1, "there is no http", "/SHA256SUMS", "--image FILE")
         self.publish(self.image_data)
         self.fetch()
 
@@ -8367,7 +8469,7 @@ class World(SpawnCase):
         "WARM_UP": 0.3, "SETTLE": 0.5, "UNCHANGED": 0.3, "ASK_AGAIN": 0.3, "PRESS_AGAIN": 0.4, "FORCE_STAGE": 4.0,
         "SEAL_LIMIT": 30.0, "CREATE_LIMIT": 30.0,
     }  # fmt: skip
-    WITH_HANGING = {"LIMITS": {**dict.fromkeys(kodemachine.LIMITS, 1.5), "delete": 4.0}, "FORCE_STAGE": 2.5,
+    WITH_HANGING = {"LIMITS": {**dict.fromkeys(kodemachine.LIMITS, 2.5), "delete": 4.0}, "FORCE_STAGE": 2.5,
                     "SEAL_LIMIT": 4.0, "CREATE_LIMIT": 6.0}  # fmt: skip
     NEVER_COMES = r"-1712-before|hang|SIG\w+-before|killed.*"        # what a clone may yet come of, or not
 
