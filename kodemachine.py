@@ -1577,7 +1577,8 @@ class VM:
     def __init__(self, utm: Utmctl, row: Row) -> None:
         self._utm, self._notes = utm, utm.notes
         self.uuid, self.name, self.power = row.uuid, row.name, row.power
-        self._lost = self._refused = 0
+        self._lost = 0
+        self._refused: list[tuple[Power, tuple[str, ...]]] = []     # what was asked in which state, and answered -10004
 
     def status(self) -> Power:
         """The state as UTM tells it now; UNKNOWN if it does not. Raises NotFound if a clean list lacks the machine."""
@@ -1588,16 +1589,22 @@ class VM:
             raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile", "See what is there: kodemachine list")
         return self.power
 
-    def _ask(self, verb: str, *args: str, limit: float | None = None) -> Reply:
-        """One request to change the machine's state, after which callers look at that before they ask again.
+    def _denied(self, *words: str) -> Unreachable | None:
+        """What there is to say of an order that UTM answered twice by -10004, and the state is as it was.
 
-        Raises Unreachable where -10004 was the answer twice, and has changed nothing: then it is no chance, but a
-        permission that lacks (contract 4).
+        Then it is no chance, but a missing permission (contract 4).
         """
-        if self._refused == 2:
-            raise Unreachable(f"UTM did not take the order ({verb} {self.name}) (-10004)", NOT_ALLOWED)
-        reply = self._utm.insist(self._utm.call(verb, *args, limit=limit))
-        self._refused = self._refused + 1 if reply.numbers[-1:] == (-10004,) else 0
+        return Unreachable(f"UTM did not take the order ({words[0]} {self.name}) (-10004)", NOT_ALLOWED) \
+            if self._refused.count((self.power, words)) == 2 else None
+
+    def _ask(self, *words: str, limit: float | None = None) -> Reply:
+        """One order to utmctl, after which callers look at the state before they repeat it. Raises Unreachable."""
+        denied = self._denied(*words)
+        if denied:
+            raise denied
+        reply = self._utm.insist(self._utm.call(*words, limit=limit))
+        if reply.numbers[-1:] == (-10004,):
+            self._refused.append((self.power, words))
         return reply
 
     def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
@@ -1605,30 +1612,28 @@ class VM:
         """Starts or resumes, until the state is `started`; the state is believed, never the exit status (contract 2).
 
         `before_cold` runs before the first start from `stopped`, and its time does not count. Raises TimedOut after
-        `limit` seconds, or KodeError with UTM's words if it stays as it was after three requests.
+        `limit` seconds, or KodeError with UTM's words if it stays as it was after three answers.
         """
         options = ["--hide"] * hide + ["--disposable"] * disposable
-        asked, again_at = 0, 0.0
-        reply: Reply | None = None
+        asked, again_at, complaint = 0, 0.0, ""
         told: Power | None = self.power         # by the list that this machine was just taken from
         for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
             power, told = told or self.status(), None
             if power is Power.STARTED:
                 return
             if power in (Power.STOPPED, Power.PAUSED) and time.monotonic() >= again_at:
-                if reply and asked == 3:
-                    lost = reply.outcome in (Outcome.TRANSIENT, Outcome.HUNG)       # no answer within the time
-                    words = reply.sentence or "UTM did not answer" * lost
-                    raise (TimedOut if lost else KodeError)(
-                        f"{self.name} does not start, it stays {power.value}" + (f": {words}" if words else ""),
-                        "Try it in UTM's window; it may show more.")
+                if asked == 3:
+                    raise KodeError(f"{self.name} does not start, it stays {power.value}" + complaint,
+                                    "Try it in UTM's window; it may show more.")
                 if power is Power.STOPPED and before_cold:
                     before_cold()
                     self.power_on(limit, hide=hide, disposable=disposable)
                     return
                 reply = self._ask("start", *options, self.uuid)
-                asked, again_at = asked + 1, time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})",
+                complaint = f": {reply.sentence}" if reply.sentence else ""
+                asked += reply.outcome not in (Outcome.TRANSIENT, Outcome.HUNG)     # for these the time is the limit
+                again_at = time.monotonic() + ASK_AGAIN
+        raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})" + complaint,
                        "Look at it in UTM's window, or allow more time with --timeout.")
 
     def greet(self, port: int, limit: float, call: Call | None = None) -> str:
@@ -1731,10 +1736,28 @@ class VM:
         raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
                         MAC_SETTING)
 
-    def addresses(self, limit: float | None = None) -> list[str]:
+    def addresses(self) -> list[str]:
         """The addresses that the guest agent tells, likeliest first; none if it does not answer."""
-        reply = self._utm.call("ip-address", self.uuid, limit=limit)
+        reply = self._utm.call("ip-address", self.uuid)
         return parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
+
+    def await_addresses(self, limit: float) -> list[str]:
+        """The same, waited for up to `limit` seconds until they are more than link-local ones, as early in a boot.
+
+        Raises KodeError if there is none, or as soon as the machine is off.
+        """
+        for _ in attempts(limit, self._notes.tick, 0.3, 2.0):
+            reply = self._utm.insist(self._utm.call("ip-address", self.uuid))
+            found = parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
+            if any(address_rank(address) < 3 for address in found):
+                break
+            self._must_run()
+        if not found:
+            raise (TimedOut if limit else KodeError)(
+                f"the guest agent of {self.name} tells no address",
+                f"Look at its console: kodemachine attach {self.name}" if limit
+                else f"While it boots, wait: kodemachine ip --all --wait 60 {self.name}")
+        return found
 
     def ask_to_stop(self, limit: float) -> None:
         """Presses the power key until the guest has powered off. A paused machine is resumed to hear it.
@@ -1748,10 +1771,12 @@ class VM:
                 return
             if time.monotonic() >= again_at and power in (Power.STARTED, Power.PAUSED):
                 words = ("stop", self.uuid, "--request") if power is Power.STARTED else ("start", "--hide", self.uuid)
-                heard = not was_not_heard(self._ask(*words))
-                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED and heard else ASK_AGAIN)
-        raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
-                       f"Turn it off hard: kodemachine stop --force {self.name}")
+                if power is Power.PAUSED or not self._denied(*words):      # it runs on for a while after a key it heard
+                    self._ask(*words)
+                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED else ASK_AGAIN)
+        raise self._denied("stop", self.uuid, "--request") or TimedOut(
+            f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
+            f"Turn it off hard: kodemachine stop --force {self.name}")
 
     def force_off(self, kill: bool = False) -> None:
         """Turns off through UTM's stages, --force and then --kill, until the state is `stopped` (contract 2)."""
@@ -1822,15 +1847,16 @@ class VM:
             if row.power is not Power.STOPPED:
                 raise WrongState(f"{self.name} is {row.power.value} and was not deleted",
                                  "Stop it first, or add --force.")
-            if asked == 2 > self._refused:
+            self.power = row.power
+            if asked == 2 and not self._denied("delete", self.uuid):
                 break
             reply = self._ask("delete", self.uuid)
             complaint = reply.sentence
             if reply.outcome is Outcome.FAILED and asked:
                 raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Look at it in UTM's window.")
             asked += 1
-            quick = reply.outcome is Outcome.FAILED or was_not_heard(reply)
-            again_at = time.monotonic() + (1.0 if quick else DELETE_SETTLE)
+            told = reply.outcome in (Outcome.FAILED, Outcome.MISSING) or reply.numbers[-1:] == (-10004,)
+            again_at = time.monotonic() + (1.0 if told else DELETE_SETTLE)
         raise TimedOut(
             f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
             "Look at it in UTM's window, then try again.",
@@ -2089,7 +2115,7 @@ class Cloner:
         if call:
             raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
                            "Run the same command again: it finds the machine if it has come, and makes no second one.")
-        if intent.call_alive():
+        if not ended:
             raise self._under_way(name)
         return None
 
@@ -2178,8 +2204,8 @@ class Handoff:
         No Port and no HostKeyAlias: so the host key is looked up under the plain name. The program by its absolute
         path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
         """
-        proxy = shlex.join([*own_command(), *self._words]).replace("%", "%%")
-        return {"ProxyCommand": f"{proxy} proxy %h", "ProxyUseFdpass": "yes", **self._own_options(pinned)}
+        proxy = shlex.join([*own_command(), *self._words, "proxy", *["--learning"] * (not pinned)]).replace("%", "%%")
+        return {"ProxyCommand": f"{proxy} %h", "ProxyUseFdpass": "yes", **self._own_options(pinned)}
 
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
@@ -2606,8 +2632,8 @@ class Manager:
     def running(self, label: str) -> tuple[VM, str, bool]:
         """A machine that runs, and the address at which it answers; it is neither cloned nor started for that.
 
-        And whether its host keys are known, which then are pinned. Raises NotFound or WrongState. Callers hold the
-        label's lock.
+        The third is whether its host keys are known; they are pinned then. Raises NotFound or WrongState. Callers
+        hold the label's lock.
         """
         wishes = Wishes(may_clone=False)
         vm, call = self.obtain(label, wishes)
@@ -2658,7 +2684,7 @@ class Manager:
         if vm.power is Power.STOPPED:
             return "is stopped already" + (", with a saved session" if record.get("saved") else "")
         # A session on disk is lost when the machine goes on, and not by turning off one that is paused (contract 2).
-        saved = record.get("saved") if (force or kill) and vm.power is Power.PAUSED else None
+        saved = record.get("saved") if (force or kill) and vm.power in (Power.PAUSING, Power.PAUSED) else None
         if force or kill:
             vm.force_off(kill)
         else:
@@ -3321,7 +3347,7 @@ class Creator:
         target = os.path.join(self._cache, re.sub(r"[^\w.-]", "-", name))
         part = target + ".part"
         reply = self._utm.call("curl", *CURL, "--url", f"{folder}/SHA256SUMS", limit=TOOL_LIMIT)
-        missing = reply.code == 22          # so curl ends where the server has no such file
+        missing = reply.code == 22 and "404" in reply.err       # curl's 22: the server's answer is an error
         sums = "" if missing else self._must("curl", reply)
         found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
         if not found:
@@ -4586,7 +4612,8 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("proxy", option("name", help="the machine's name, with the prefix"), hidden=True)
+@command("proxy", option("name", help="the machine's name, with the prefix"),
+         option("--learning", action="store_true", help="an unknown host key will be learned"), hidden=True)
 def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     """for ssh's ProxyCommand: connect to a running machine by name"""
     import socket
@@ -4597,7 +4624,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
     with ctx.manager.holding(label):
         vm, address, pinned = ctx.manager.running(label)
-    if not pinned:
+    if not (pinned or opts.learning):
         ctx.out.warn(f"the host key of {vm.name} is not known yet; what learns it is: kodemachine ssh {label}")
     try:
         connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
@@ -4748,14 +4775,7 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
         raise WrongState(f"{vm.name} is {vm.power.value}, it has no address",
                          f"Start it: kodemachine start -d {opts.label}")
     if opts.all:
-        for _ in attempts(opts.wait or 0.0, ctx.out.tick, 0.3):
-            addresses = vm.addresses()
-            if addresses:
-                break
-        else:
-            raise KodeError(f"the guest agent of {vm.name} tells no address",
-                            f"While it boots, wait: kodemachine ip --wait 60 {vm.name}")
-        ctx.out.result("\n".join(addresses))
+        ctx.out.result("\n".join(vm.await_addresses(opts.wait or 0.0)))
     else:
         ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0))
     return 0

@@ -1658,9 +1658,9 @@ class Case(unittest.TestCase):
     PATIENCE: dict[str, Any] = {
         "WARM_UP": 0.6, "SETTLE": 0.8, "UNCHANGED": 0.4, "ASK_AGAIN": 0.4, "PRESS_AGAIN": 0.6, "FORCE_STAGE": 8.0,
         "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 15.0, "GLANCE": 20.0,
-        "LIMITS": {**kodemachine.LIMITS, "attach": 4.0, "delete": 5.0},
+        "LIMITS": {**kodemachine.LIMITS, "attach": 6.0, "delete": 10.0},
     }  # fmt: skip
-    # And where a fault makes a call hang. Elsewhere none is too slow, however busy the machine is.
+    # And where a fault makes a call hang. Elsewhere no answer is too slow, however busy the machine is.
     WITH_HANGING: dict[str, Any] = {
         "GLANCE": 1.0,
         "LIMITS": {"list": 3.0, "status": 2.0, "ip-address": 2.0, "attach": 2.0, "start": 2.0, "stop": 2.0,
@@ -3074,7 +3074,7 @@ class SpawnTest(SpawnCase):
         with socket.socket() as port:               # bound, and nobody listens
             port.bind((self.address, 0))
             self.use(ssh_port=port.getsockname()[1])
-            err = self.spawn("start", "-d", "alpha", "--timeout", "3", code=6).err
+            err = self.spawn("start", "-d", "alpha", "--timeout", "8", code=6).err
         self.assertIn(f"its ssh port does not answer at {self.address}", err)
         self.assertIn("kodemachine attach", err)
 
@@ -3320,7 +3320,7 @@ class FaultTest(SpawnCase):
             with self.subTest(title):
                 self.utm.clear_faults()
                 self.utm.fault("clone", **fault)
-                self.use(clone_timeout=1.5 if code == 6 else 30)
+                self.use(clone_timeout=4 if code == 6 else 30)
                 before = len(self.utm.calls("clone"))
                 self.assertIn(words, self.spawn(code=code).err)
                 self.assert_machines()
@@ -3365,7 +3365,6 @@ class FaultTest(SpawnCase):
             ("refused by UTM for ever", 1, 3, "Disk locked.", {"error": -2700, "string": "Disk locked."}),
             ("no permission", 5, 1, "Automation", {"error": -1743}),
             ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
-            ("-1712 for ever", 6, 3, "it stays stopped: error -1712", {"error": -1712}),
             ("crashed, though done", 0, 1, "", {"crash": "TRAP", "when": "after"}),
             ("an error of --hide before it", 0, 1, "", {"hide_error": -609}),
         ]
@@ -3378,6 +3377,11 @@ class FaultTest(SpawnCase):
                 self.assertIn(words, self.spawn("start", "-d", "alpha", code=code).err)
                 self.assertEqual(len(self.utm.calls("start")), before + calls)
                 self.remove("km-alpha")
+        self.utm.add("km-alpha")
+        self.utm.clear_faults()
+        self.utm.fault("start", error=-1712)
+        err = self.spawn("start", "-d", "alpha", "--timeout", "2", code=6).err
+        self.assertIn("km-alpha did not start within 2 s (it is stopped): error -1712", err)
 
     def test_questions_without_an_answer_are_asked_again(self) -> None:
         for verb, number in (
@@ -3466,12 +3470,12 @@ class CrashTest(SpawnCase):
         self.assert_machines("km-alpha")
 
     def test_while_the_call_of_a_killed_run_lives_nothing_is_cloned_even_when_the_time_is_over(self) -> None:
-        self.use(clone_timeout=1)
         self.utm.fault("clone", delay=8)
         process = self.start_km("start", "-d", "alpha")
         wait_for(self.utm.met)
         process.kill()
         process.wait()
+        self.use(clone_timeout=1)
         while True:
             result = self.run_program(self.command("start", "-d", "alpha"))
             if result.code == 0:
@@ -4372,7 +4376,7 @@ class ByNameTest(Case):
         self.assertEqual(refused.code, 255)
         self.assertIn("the host key of km-a is not known yet; what learns it is: kodemachine ssh a", refused.err)
         copied = self.km("cp", note, f"a:{there}")
-        self.assertEqual(copied.code, 0, copied.err)
+        self.assertEqual((copied.code, "not known yet" in copied.err), (0, False), copied.err)
         self.assertTrue(os.path.exists(there))
         again = self.by_name("ssh", "km-a", "true")
         self.assertEqual((again.code, "not known" in again.err), (0, False), again.err)
@@ -5413,7 +5417,7 @@ class StopTest(FleetCase):
         deaf = self.vm("deaf", "started", ignores_power_key=True, stop_seconds=0.2)
         stuck = self.vm("stuck", "started", stuck=["stopping"])
         self.assert_says(self.km("stop", "deaf", "--force"), 0, "deaf stopped")
-        self.assert_says(self.km_with({"FORCE_STAGE": 3.0}, "stop", "-f", "stuck"), 0, "stuck stopped")
+        self.assert_says(self.km("stop", "-f", "stuck"), 0, "stuck stopped")
         self.assertEqual(self.asked("stop"), [[deaf, "--force"], [stuck, "--force"], [stuck, "--kill"]])
 
     def test_kill_is_all_that_helps_a_machine_that_hangs_in_stopping(self) -> None:
@@ -5445,7 +5449,7 @@ class StopTest(FleetCase):
         for verb in ("stop", "suspend", "delete"):
             self.vm("to-" + verb, "stopped" if verb == "delete" else "started")
             self.utm.fault(verb, error=-10004)
-        for verb, *option in (("stop",), ("stop", "--force"), ("suspend",), ("delete",)):
+        for verb, *option in (("stop", "-t", "3"), ("stop", "--force"), ("suspend",), ("delete",)):
             words = f"({verb} km-to-{verb}) (-10004)"
             self.assert_says(self.km(verb, *option, "to-" + verb), 5, words, "Automation")
         self.assertEqual([len(self.asked(verb)) for verb in ("stop", "suspend", "delete")], [4, 2, 2])
@@ -6328,14 +6332,14 @@ class StartTest(FleetCase):
         self.assertEqual((self.utm.machine(IMAGE)["cpus"], self.utm.machine(IMAGE)["memory"]), (4, 4096))
 
     def test_the_wait_for_another_at_the_fleet_is_no_part_of_the_boot(self) -> None:
-        sshd = self.with_sshd(boot_timeout=4)
+        sshd = self.with_sshd(boot_timeout=8)
         self.vm("a", start_seconds=0.4)
         with self.held_lock("fleet"):
             process = self.start_km("start", "-d", "a")
             assert process.stderr
             while b"waiting for another kodemachine" not in process.stderr.readline():
                 pass
-            time.sleep(4)           # as long as the machine has for its boot
+            time.sleep(8)           # as long as the machine has for its boot
         self.assertEqual(self.ended(process)[:2], (0, sshd.hosts[0] + "\n"))
 
     def test_one_that_is_turned_on_meanwhile_is_not_changed_and_that_is_said(self) -> None:
@@ -6629,7 +6633,7 @@ class DoctorTest(FleetCase):
         for fault, words in (({"error": -600}, r"error: UTM gave no list within 1 s \(-600\) \| .*sudo"),
                              ({"crash": "TRAP"}, "error: utmctl crashed")):  # fmt: skip
             self.utm.fault("list", **fault)
-            said = self.doctor({"LOOK_LIMIT": 1.0})
+            said = self.doctor({"LOOK_LIMIT": 1.0 if "error" in fault else 10.0})
             self.assert_said(said, **by_list, utm=words, automation="skipped: .*does not answer")
             self.utm.clear_faults()
         by_script = {"macs": "skipped: .*osascript failed", "devices": "skipped: .*osascript failed"}
