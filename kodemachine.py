@@ -2408,6 +2408,10 @@ class Manager:
                                  f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
                                  "run the same command again.")
             rows = self.utm.rows()
+            there = None if row else self.row_of(rows, label)
+            if there:               # it has come since the first look, as when UTM was just starting
+                self._keep_as_it_is(there, label, wishes)
+                return there
             if row is None:
                 row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows)
                 self.cloner.adopt(row)

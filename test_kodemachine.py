@@ -2844,6 +2844,13 @@ class LookTest(SpawnCase):
         self.assertIn("waiting whether it is just starting", self.spawn(patience={"WARM_UP": 30.0}).err)
         self.assertEqual(self.utm.calls("clone"), [])
 
+    def test_a_machine_that_appears_after_the_first_look_is_taken(self) -> None:
+        self.utm.add("km-alpha")
+        self.utm.fault("list", empty=True, times=1)
+        self.spawn(patience={"WARM_UP": 0.0})
+        self.assert_machines("km-alpha")
+        self.assertEqual(self.utm.calls("clone"), [])
+
     def test_an_empty_list_is_believed_in_the_end(self) -> None:
         self.utm.fault("list", empty=True)
         self.assertEqual(self.spawn("list").out, "")
