@@ -113,8 +113,8 @@ NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System
                "or before somebody has logged in at the screen.")
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
-MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has one "
-               "of its own from the start.")
+MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
+               "network address of its own from the start.")
 
 # ---- errors
 
@@ -1742,9 +1742,9 @@ class VM:
         return parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
 
     def await_addresses(self, limit: float) -> list[str]:
-        """The same, waited for up to `limit` seconds until they are more than link-local ones, as early in a boot.
+        """The addresses as soon as there are more than link-local ones, which come early in a boot; else those.
 
-        Raises KodeError if there is none, or as soon as the machine is off.
+        Raises KodeError if there is none (TimedOut after `limit` seconds if that is not 0), or the machine goes off.
         """
         for _ in attempts(limit, self._notes.tick, 0.3, 2.0):
             reply = self._utm.insist(self._utm.call("ip-address", self.uuid))
@@ -2399,6 +2399,8 @@ class Manager:
             intent = Intent(self.state, name)
             begun = intent.load()
             row = self.cloner.finish(name)
+            rows = self.utm.rows()
+            row = row or self.row_of(rows, label)     # it may have come since the first look, as UTM was starting
             if row:
                 self.cloner.adopt(row)
                 self._keep_as_it_is(row, label, wishes)
@@ -2407,12 +2409,7 @@ class Manager:
                 raise WrongState(f"nothing has come of an earlier run that was to clone {begun['base']} to {name}",
                                  f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
                                  "run the same command again.")
-            rows = self.utm.rows()
-            there = None if row else self.row_of(rows, label)
-            if there:               # it has come since the first look, as when UTM was just starting
-                self._keep_as_it_is(there, label, wishes)
-                return there
-            if row is None:
+            else:
                 row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows)
                 self.cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
@@ -4604,7 +4601,8 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
         before = read_text(theirs, "surrogateescape") or ""
     except OSError as failure:
         raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
-    if " proxy %h" not in (read_text(ours, "surrogateescape") or " proxy %h"):
+    there = read_text(ours, "surrogateescape")
+    if there and " proxy %h" not in there:
         raise KodeError(f"{ours} is not kodemachine's, and stays as it is",
                         "Keep config.json in a folder of its own, or paste what is shown without --install.")
     write_file(ours, stanza)
