@@ -1812,7 +1812,7 @@ class VM:
                                  f"First: kodemachine resume {self.name}")
             if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED and not repeated:
                 raise KodeError(
-                    f"{self.name} is paused in memory, but was not saved to disk: {asked.sentence}",
+                    f"{self.name} is paused in memory, but saving it to disk failed: {asked.sentence}",
                     f"It goes on with: kodemachine resume {self.name}",
                 )
             if power is Power.PAUSED:
