@@ -5606,7 +5606,7 @@ class SuspendTest(FleetCase):
             self.km("suspend", "a", "--save"),
             1,
             "paused in memory",
-            "not saved",
+            "saving it to disk failed",
             "Failed to save VM snapshot.",
             "kodemachine resume",
         )
