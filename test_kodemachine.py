@@ -523,10 +523,11 @@ class Guest:
 
     def _furnish(self, utm: FakeUTM, uuid: str) -> None:
         """Whole or not at all, since the caller may be killed meanwhile."""
-        import shutil
-
         new = self.root + ".new"
-        shutil.rmtree(new, ignore_errors=True)
+        if os.path.exists(new):
+            import shutil
+
+            shutil.rmtree(new)
         for folder in self.FOLDERS.split():
             os.makedirs(os.path.join(new, folder))
         files = {
@@ -550,9 +551,9 @@ class Guest:
             if name.startswith("bin/"):
                 os.chmod(file.name, 0o755)
         for name in self.TOOLS.split():
-            program = shutil.which(name, path="/usr/bin:/bin")
-            if program:
+            for program in filter(os.path.exists, (f"/usr/bin/{name}", f"/bin/{name}")):
                 os.symlink(program, os.path.join(new, "bin", name))
+                break
         self.give_away(new)
         os.rename(new, self.root)
 
@@ -1087,8 +1088,6 @@ class Osascript(Tool):
     }
 
     def __init__(self, utm: FakeUTM, argv: Sequence[str]) -> None:
-        import re
-
         super().__init__(utm, argv)
         self.words, scripts = list(argv), []
         while self.words and self.words[0] in ("-e", "-l"):
@@ -1098,8 +1097,8 @@ class Osascript(Tool):
             self.words.pop(0)
             self.stdin_used = True
             scripts = [sys.stdin.read()]
-        marked = re.match(r"\s*(?:--|//) kodemachine: (\S+)", "\n".join(scripts))
-        self.verb = marked[1] if marked else ""
+        marked = "\n".join(scripts).split(None, 3)
+        self.verb = marked[2] if marked[:2] in (["--", "kodemachine:"], ["//", "kodemachine:"]) and marked[2:] else ""
 
     def run(self) -> int:
         method = getattr(self, "operation_" + self.verb.replace("-", "_"), None)
