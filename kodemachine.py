@@ -111,6 +111,7 @@ ELSEWHERE = {
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
                "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
                "or before somebody has logged in at the screen.")
+MORE_TIME = "allow more time: kodemachine config set boot_timeout SECONDS"
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
 MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
@@ -576,14 +577,14 @@ def attempts(limit: float, tick: Callable[[], None], first: float = 0.1, longest
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP as one exception, once; held back while a step must not be cut in two."""
+    """The signals that end a program as one exception, once; held back while a step must not be cut in two."""
 
     def __init__(self) -> None:
         self._held = self._pending = 0
 
     def install(self) -> None:
         """Takes the signals over, except those that our parent had us ignore (nohup)."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._arrive)
         sys.unraisablehook = self._dropped
@@ -1505,9 +1506,12 @@ class Prober:
 
     @property
     def unreachable(self) -> bool:
-        """Whether the system says of all the likeliest candidates that there is no route to them."""
+        """Whether the system says of all the likeliest candidates that there is no route to them.
+
+        To link-local ones there never is, without the name of an interface: that says nothing.
+        """
         best = min(map(address_rank, self._errors), default=0)
-        return {self._errors[address] for address in self._errors if address_rank(address) == best} == \
+        return best < 3 and {self._errors[address] for address in self._errors if address_rank(address) == best} == \
             {errno.EHOSTUNREACH}
 
     def step(self, seconds: float) -> str | None:
@@ -1634,13 +1638,13 @@ class VM:
                 asked += reply.outcome not in (Outcome.TRANSIENT, Outcome.HUNG)     # for these the time is the limit
                 again_at = time.monotonic() + ASK_AGAIN
         raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})" + complaint,
-                       "Look at it in UTM's window, or allow more time with --timeout.")
+                       f"Look at it in UTM's window, or {MORE_TIME}.")
 
-    def greet(self, port: int, limit: float, call: Call | None = None) -> str:
+    def greet(self, port: int, limit: float, call: Call | None = None, more_time: str = MORE_TIME) -> str:
         """Waits until the guest's ssh server greets, and returns its address. `call`: a question already asked.
 
         The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the
-        machine is off, TimedOut after `limit` seconds.
+        machine is off, TimedOut after `limit` seconds, which says how to allow for `more_time`.
         """
         prober, ask_at = Prober(port), 0.0
         known: list[str] = []
@@ -1673,15 +1677,11 @@ class VM:
         finally:
             prober.close()
             self._utm.drop(call)
-        raise self._no_greeting(limit, known, prober)
-
-    def _no_greeting(self, limit: float, known: Sequence[str], prober: Prober) -> TimedOut:
-        """What to say when no ssh server has greeted at any of the `known` addresses."""
         seen = f"its ssh port does not answer at {', '.join(known)}" if known else "its guest agent tells no address"
-        return TimedOut(
+        raise TimedOut(
             f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
             LOCAL_NETWORK if prober.unreachable and local_network_rules()
-            else f"Look at its console (kodemachine attach {self.name}), or allow more time with --timeout.",
+            else f"Look at its console (kodemachine attach {self.name}), or {more_time}.",
         )
 
     def _must_run(self) -> None:
@@ -1896,7 +1896,8 @@ class VM:
                 self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
             return int(code), out, said
         self._utm.insist(reply)
-        if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
+        # A launch that failed is reported, and then utmctl may crash over its missing process (contract 1.3).
+        if reply.outcome not in (Outcome.FAILED, Outcome.MISSING) and -2700 not in reply.numbers:
             raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known",
                             f"Look in the machine: kodemachine ssh {self.name}")
         much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
@@ -2256,8 +2257,9 @@ def image_of(record: dict[str, Any]) -> dict[str, Any]:
 
 def without_trace(record: dict[str, Any]) -> dict[str, None]:
     """The keys of a record to drop when a boot that leaves no trace in the machine (--disposable) is over."""
-    keys = ["disposable", *["host_keys"] * (not record.get("personality"))] if record.get("disposable") else []
-    return dict.fromkeys(keys)
+    if not record.get("disposable"):
+        return {}
+    return dict.fromkeys(["disposable"] if record.get("personality") else ["disposable", "host_keys", "learning"])
 
 
 class Manager:
@@ -2280,7 +2282,7 @@ class Manager:
             except OSError as failure:
                 raise UsageError(f"the current folder has no name: {failure.strerror}", "Change to another.") from None
             label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(here).lower()).strip("-")
-            label = label[:63 - len(self.settings.prefix)].rstrip("-")
+            label = label.removeprefix(self.settings.prefix)[:63 - len(self.settings.prefix)].rstrip("-")
         if label in RESERVED:
             raise UsageError(f"{label!r} is a word of kodemachine's own and cannot be a machine's label",
                              f"Did you mean {ELSEWHERE[label]!r}? See: kodemachine help" if label in ELSEWHERE
@@ -2689,7 +2691,11 @@ class Manager:
         if force or kill:
             vm.force_off(kill)
         else:
-            vm.ask_to_stop(limit)
+            try:
+                vm.ask_to_stop(limit)
+            finally:
+                if record.get("saved") and vm.power is Power.STARTED:       # it was resumed, and may yet power off
+                    self.state.record(vm.uuid, saved=None)
         self.state.record(vm.uuid, saved=saved, **without_trace(record))
         return "stopped" + ", with a saved session" * bool(saved)
 
@@ -3968,10 +3974,10 @@ class Out(Notes):
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
         dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._live = sys.stderr.isatty() and not dumb and not quiet
+        self._live = sys.stderr.isatty() and not dumb
         self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
         self._lock = threading.RLock()      # several machines at once are several threads
-        self._step: tuple[str, float] | None = None
+        self._step: tuple[str, float] | None = None     # of the live line: its text, and when it began
         self._progress = ""
         self._painted = 0.0
 
@@ -3998,7 +4004,7 @@ class Out(Notes):
     def end_step(self) -> None:
         """The live line, if there is one, becomes an ordinary one."""
         with self._lock:
-            if self._step and self._live:
+            if self._step:
                 self._paint("\n")
             self._step = None
 
@@ -4006,8 +4012,8 @@ class Out(Notes):
         """A step has begun: one line, alive until the next."""
         with self._lock:
             self.end_step()
-            self._step, self._progress = (printable(text), time.monotonic()), ""
-            if self._live:
+            if self._live and not self.quiet:
+                self._step, self._progress = (printable(text), time.monotonic()), ""
                 self._paint()
             elif not self.quiet:
                 self._err(printable(text))
@@ -4019,7 +4025,7 @@ class Out(Notes):
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
         with self._lock:
-            if self._step and self._live and time.monotonic() - self._painted > 0.5:
+            if self._step and time.monotonic() - self._painted > 0.5:
                 self._paint()
 
     def note(self, text: str, *, needed: bool = False) -> None:
@@ -4386,8 +4392,8 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
 
 def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM, str]:
     """The machine of that label, up and answering, and its address."""
-    if opts.fresh:
-        make_room(ctx, label, wishes, opts)
+    if opts.fresh and make_room(ctx, label, wishes, opts):
+        wishes = wishes._replace(bare=False)        # what a machine was called is no typo, even of a command's name
     vm, call = ctx.manager.obtain(label, wishes)
     address = ctx.manager.bring_up(vm, label, wishes, call)
     if opts.repin:
@@ -4455,8 +4461,8 @@ def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
     become(ctx.manager.handoff.argv(vm, address, opts.rest or [], pinned))
 
 
-def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None:
-    """--fresh: deletes the machine of that label, once it is sure that another can be made."""
+def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> bool:
+    """--fresh: deletes the machine of that label, once it is sure that another can be made; false: there is none."""
     manager = ctx.manager
     rows = manager.utm.rows()
     row = manager.row_of(rows, label)
@@ -4466,6 +4472,7 @@ def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> None
             raise KodeError("nothing was changed")
         ctx.out.step(f"deleting {row.name}")
         manager.delete(VM(manager.utm, row), force=True)
+    return row is not None
 
 
 def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
@@ -4779,7 +4786,7 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     if opts.all:
         ctx.out.result("\n".join(vm.await_addresses(opts.wait or 0.0)))
     else:
-        ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0))
+        ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0, None, "allow more time with --wait"))
     return 0
 
 

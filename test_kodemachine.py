@@ -225,6 +225,7 @@ class FakeUTM:
 
     def start(self, vm: Machine, disposable: bool, recovery: bool) -> float:
         if vm["status"] == "paused":
+            vm["saved"] = False  # its snapshot is deleted
             self.later(0, "become", vm["uuid"], "paused", "resuming")
             self.later(vm["resume_seconds"], "become", vm["uuid"], "resuming", "started")
             return float(vm["resume_seconds"])
@@ -2597,6 +2598,8 @@ class ProberTest(unittest.TestCase):
             failures[near] = errno.ECONNREFUSED
             self.assertFalse(unreachable(near))
             failures[far] = errno.EHOSTUNREACH
+            failures[bridge] = errno.EHOSTUNREACH
+            self.assertFalse(unreachable(bridge), "no system finds its way to a link-local one without its interface")
             self.assertTrue(unreachable(far), "what another address said before is over")
         prober.close()
         self.assertTrue(prober.unreachable)
@@ -3112,6 +3115,10 @@ class SpawnTest(SpawnCase):
     def test_a_dot_stands_for_the_current_folder(self) -> None:
         self.spawn("start", "-d", ".")
         self.assert_machines("km-home-of-a-user")
+        folder = os.path.join(self.home, "KM-foo")
+        os.mkdir(folder)
+        there = ["/bin/sh", "-c", f'cd {shlex.quote(folder)} && exec "$@"', "sh", *self.command("stop", ".")]
+        self.assertIn("there is no machine foo", self.run_program(there).err)
 
     def test_a_mistyped_command_makes_no_machine(self) -> None:
         for word, meant in (
@@ -3990,6 +3997,7 @@ class AttachTest(Case):
             ("power off", 0, b"the machine closed the line"),
             ("SIGTERM", 143, b""),
             ("SIGHUP", 129, b""),
+            ("SIGQUIT", 131, b""),
         ):
             with self.subTest(way):
                 terminal = self.attach()
@@ -4210,6 +4218,8 @@ class ExecTest(Case):
                 self.utm.clear_faults()
 
     def test_without_an_agent_it_says_what_is_missing(self) -> None:
+        self.utm.fault("exec", error=-2700, string="The agent is not running.", crash="TRAP", times=1)
+        self.assertIn("did not confirm that the command was run: The agent is not running.", self.execute("true").err)
         self.utm.fault("exec", error=-2700, string="The agent is not running.")
         result = self.execute("true")
         self.assertEqual(result.code, 1)
@@ -5373,7 +5383,7 @@ class StatusTest(FleetCase):
         self.utm.change(uuid, status="started", up_at=0.0)
         self.assertEqual(self.ended(waiting).out, sshd.hosts[0] + "\n")
         self.vm("mute", "started", agent_after=None)
-        self.assert_says(self.km("ip", "mute", "--wait", "0.3"), 6, "its guest agent tells no address")
+        self.assert_says(self.km("ip", "mute", "--wait", "0.3"), 6, "its guest agent tells no address", "with --wait")
 
     def test_ip_of_a_machine_that_has_none_says_why(self) -> None:
         for status in ("stopped", "paused"):
@@ -5451,6 +5461,14 @@ class StopTest(FleetCase):
         self.assertEqual(self.states(), {"km-a": "stopped", "km-b": "stopped"})
         self.assert_says(self.km("resume", "a"), 0)
         self.assert_says(self.km("stop", "--force", "a"), 0, "a stopped\n")
+
+    def test_a_saved_session_is_gone_once_its_machine_was_resumed_to_be_asked(self) -> None:
+        self.vm("a", "started", ignores_power_key=True)
+        self.assert_says(self.km("suspend", "--save", "a"), 0)
+        self.assert_says(self.km("stop", "a", "-t", "0.5"), 6, "it is started")
+        self.utm.change("km-a", status="stopped")
+        self.assert_says(self.km("stop", "a"), 0, "a is stopped already\n")
+        self.assert_says(self.km("clone", "a", "b"), 0)
 
     def test_a_session_that_is_being_saved_outlives_it_too(self) -> None:
         self.vm("a", "started", suspend_seconds=4)
@@ -6304,6 +6322,13 @@ class StartTest(FleetCase):
         self.assertEqual(self.asked("delete")[0], [old])
         self.assertEqual((len(self.asked("delete")), self.utm.names()), (2, [IMAGE, "km-a"]))
 
+    def test_fresh_makes_anew_even_what_is_called_like_a_command(self) -> None:
+        self.with_sshd()
+        self.vm("helm")
+        self.assert_says(self.km("helm", "--fresh", "-y", "-d"), 0, "deleting km-helm", "cloning")
+        self.assertEqual(self.utm.names(), [IMAGE, "km-helm"])
+        self.assert_says(self.km("shop", "--fresh", "-y", "-d"), 2, "did you mean 'stop'?")
+
     def test_fresh_loses_nothing_when_the_image_cannot_be_cloned(self) -> None:
         self.image(status="started")
         self.vm("a")
@@ -6343,6 +6368,17 @@ class StartTest(FleetCase):
             file.write(sshd.host_key_line + "\n")
         result = self.km("a", "--", "true")
         self.assertEqual((result.code, self.utm.machine("km-a")["disposable"]), (0, False), result.err)
+        self.assertEqual(self.read_state("known_hosts"), f"km-a {' '.join(sshd.host_key_line.split()[:2])}\n")
+
+    def test_what_ssh_learned_in_a_disposable_boot_is_forgotten_with_it_too(self) -> None:
+        sshd = self.with_sshd()
+        self.utm.fault("exec", error=-2700, string="Command guest-exec has been disabled")
+        self.assertEqual(self.km("a", "--disposable", "--", "true").code, 0)
+        self.assertEqual(self.km("a", "--", "true").code, 0)        # the same boot: what it has learned
+        self.assertEqual(self.km("stop", "a").code, 0)
+        sshd.replace_host_key()
+        result = self.km("a", "--", "true")
+        self.assertEqual(result.code, 0, result.err)
         self.assertEqual(self.read_state("known_hosts"), f"km-a {' '.join(sshd.host_key_line.split()[:2])}\n")
 
     def test_cpus_and_memory_come_with_the_address_in_one_change_before_the_first_start(self) -> None:
@@ -6899,6 +6935,10 @@ class OutTest(FleetCase):
         for args in (("stop", "a"), ("purge", "-y"), ("list",)):
             self.assertEqual(self.km("-q", *args), (0, "", ""), args)
         self.assert_says(self.km("-q", "stop", "a"), 3, "no machine a")
+        for label, args in (("b", ("-q", "stop")), ("c", ("stop", "-q"))):
+            self.vm(label, "started", request_seconds=1.5)
+            terminal = self.screen(*args, label, TERM="xterm")
+            self.assertEqual((terminal.wait(), terminal.seen), (0, b""))
 
     def test_a_signal_while_several_are_worked_on_ends_them_all(self) -> None:
         for label in ("a", "b", "c"):
@@ -7066,7 +7106,7 @@ class ExitStatusTest(SpawnCase, FleetCase):
             self.assertEqual((process.wait(60), process.stderr.read()), (141, b""), args)
 
     def test_a_signal_ends_it_with_128_and_its_number_and_leaves_no_child(self) -> None:
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             uuid = self.vm(f"deaf{number}", "started", ignores_power_key=True)
             process = self.start_km("stop", f"deaf{number}")
             self.wait_until_asked("stop", uuid)
@@ -7133,7 +7173,7 @@ class ExitStatusTest(SpawnCase, FleetCase):
             readme = file.read()
         rows = re.findall(r"(?m)^\| (\d+(?:, \d+)*) \|", readme)
         documented = {int(number) for row in rows for number in row.split(", ")}
-        by_signal = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+        by_signal = {128 + getattr(signal, "SIG" + name) for name in ("HUP", "INT", "QUIT", "TERM", "PIPE")}
         self.assertEqual(documented, {0, *self.CODES, *by_signal})
         for word in (*self.CODES.values(), *JSON_KEYS, "addresses"):
             self.assertIn(f"`{word}`", readme)
@@ -9036,7 +9076,7 @@ class ReadmeTest(unittest.TestCase):
             self.assertTrue(row, key)
             if row and default is not None:
                 self.assertEqual(row[1].strip("`"), default if isinstance(default, str) else json.dumps(default))
-        for status in ("0", "1", "2", "3", "4", "5", "6", "129, 130, 143, 141"):
+        for status in ("0", "1", "2", "3", "4", "5", "6", "129, 130, 131, 143, 141"):
             self.assertRegex(self.text, rf"(?m)^\| {status} \|", status)
 
 
