@@ -203,7 +203,7 @@ uninstall() {
 }
 
 main() {
-  action=install prefix=$HOME
+  action=install prefix=${HOME:-}
   while [ $# -gt 0 ]; do
     case $1 in
       --prefix)
@@ -222,6 +222,8 @@ main() {
     shift
   done
 
+  [ -n "$prefix" ] || die 2 'HOME is not set: name a folder with --prefix'
+  : "${HOME:=/}"
   source=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/kodemachine.py
   prefix=$(absolute "$prefix")
   bin=${prefix%/}/bin

@@ -103,14 +103,17 @@ RESERVED = frozenset({
 # What other tools call it, and what it is here. Those that are not reserved stay allowed as labels.
 ELSEWHERE = {
     "boot": "start", "launch": "start", "create": "start", "new": "start", "run": "start", "up": "start",
-    "connect": "ssh", "enter": "ssh", "shell": "ssh", "down": "stop", "halt": "stop", "poweroff": "stop",
-    "restart": "stop", "shutdown": "stop", "pause": "suspend", "destroy": "delete", "remove": "delete",
-    "copy": "clone", "fork": "clone", "snapshot": "clone", "console": "attach", "logs": "attach", "info": "status",
+    "connect": "ssh", "enter": "ssh", "login": "ssh", "shell": "ssh", "down": "stop", "halt": "stop", "kill": "stop",
+    "poweroff": "stop", "reboot": "stop", "restart": "stop", "shutdown": "stop", "pause": "suspend", "save": "suspend",
+    "unpause": "resume", "destroy": "delete", "remove": "delete", "clean": "purge", "copy": "clone", "fork": "clone",
+    "snapshot": "clone", "console": "attach", "logs": "attach", "info": "status", "inspect": "status",
+    "show": "status", "ps": "list", "image": "base", "images": "base", "init": "base", "settings": "config",
     "version": "--version"}
 
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
                "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
                "or before somebody has logged in at the screen.")
+RUN_AGAIN = "the same command, run again, takes it from there"
 MORE_TIME = "allow more time: kodemachine config set boot_timeout SECONDS"
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
@@ -2001,16 +2004,17 @@ class Cloner:
             raise WrongState(f"there is a machine {clash.name} already ({clash.uuid})",
                              "Rename it in UTM, whose folders do not tell upper from lower case, or take another name.")
 
-    def clone(self, base: Row, name: str, rows: Sequence[Row], **inherits: Any) -> Row:
+    def clone(self, base: Row, name: str, rows: Sequence[Row], afterwards: str = RUN_AGAIN, **inherits: Any) -> Row:
         """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
 
-        `inherits`: what to record of the copy, unless it is only that `base` is its image.
+        `afterwards`: what to tell a person who interrupts it. `inherits`: what to record of the copy, unless it is
+        only that `base` is its image.
         """
         if self._await_other_calls(base):
             rows = self._utm.rows()         # theirs have come since
         self.must_be_free(name, rows)
         return self._bring(base, name, rows, f"cloning {base.name} to {name}",
-                           ("clone", base.uuid, "--name", name), inherits)
+                           ("clone", base.uuid, "--name", name), inherits, afterwards)
 
     def make(self, name: str, rows: Sequence[Row], words: Sequence[str]) -> Row:
         """Has UTM make a new machine, with the `words` behind its name in MAKE. Callers hold the fleet's lock."""
@@ -2019,7 +2023,7 @@ class Cloner:
                            ("osascript", "-e", MAKE, name, *words), {"image": None, "making": True})
 
     def _bring(self, base: Row, name: str, rows: Sequence[Row], what: str, words: Sequence[str],
-               inherits: dict[str, Any]) -> Row:
+               inherits: dict[str, Any], afterwards: str = RUN_AGAIN) -> Row:
         """The machine that the call `words` brings; made once more if UTM has not heard it."""
         intent = Intent(self._state, name)
         for repeated in (False, True):
@@ -2035,7 +2039,7 @@ class Cloner:
             try:
                 row = self._await(name, intent, found, call, self._limit)
             except Interrupted:
-                self._notes.warn(f"UTM goes on {what}; the same command, run again, takes it from there")
+                self._notes.warn(f"UTM goes on {what}; {afterwards}")
                 raise
             finally:
                 self._utm.drop(call)
@@ -2412,7 +2416,9 @@ class Manager:
                                  f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
                                  "run the same command again.")
             else:
-                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows)
+                afterwards = f"to delete it: kodemachine delete {label}" if wishes.only_new else \
+                    f"kodemachine {label} takes it from there"
+                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows, afterwards)
                 self.cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
@@ -2467,9 +2473,10 @@ class Manager:
     def _keep_as_it_is(self, row: Row, label: str, wishes: Wishes) -> None:
         """Refuses wishes that only a new machine, or one that is off, could fulfil."""
         record = self.record_of(row.uuid)
-        again = f"To replace it: kodemachine start {label} --fresh"
+        again = "To replace it: the same command with --fresh"
         if wishes.only_new:
-            raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself", again)
+            raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself",
+                             f"To replace it: kodemachine delete {label}, then the same command")
         image = image_of(record)
         if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
             raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
@@ -3520,6 +3527,9 @@ class Doctor:
                 except KodeError as failure:
                     found = [Finding(check, ERROR, failure.message, failure.hint)]
                     blind[check] = check
+                except OSError as failure:
+                    found = [Finding(check, ERROR, f"{failure.filename}: {failure.strerror}", "Mend that.")]
+                    blind[check] = check
             yield from found or [Finding(check, OK, well, "")]
 
     # -- the host and UTM
@@ -4180,6 +4190,17 @@ def all_names() -> set[str]:
     return names
 
 
+def image_name(text: str) -> str:
+    """The image that is meant by `v0.2.0`; any other name as it is."""
+    return "kodeimage-" + text if IMAGE.fullmatch("kodeimage-" + text) else text
+
+
+def takes_label(name: str) -> bool:
+    """Whether that is a command, or an alias of one, behind which labels stand."""
+    return any(option in (LABEL_ARG, LABELS) for command, entry in COMMANDS.items()
+               for option in entry.options if name in (command, *entry.aliases))
+
+
 def seconds(text: str) -> float:
     """A positive number of seconds."""
     if not re.fullmatch(r"\d{1,6}(?:\.\d+)?|\.\d+", text) or not float(text):
@@ -4348,12 +4369,25 @@ def wishes_of(opts: Arguments) -> Wishes:
     return Wishes(opts.base, opts.cpus, opts.memory, opts.disposable, opts.gui, opts.timeout, opts.rm, True, opts.bare)
 
 
+def no_command(word: str, *words: str) -> UsageError:
+    """What to say where words follow one that is no command: a label stands alone."""
+    near, others = near_command(word), " ".join(words)
+    if takes_label(words[0]):
+        return UsageError("the command comes before the label", f"kodemachine {words[0]} {word}")
+    if near:
+        return UsageError(f"there is no command {word}; did you mean {near!r}?",
+                          f"kodemachine {near} {others}" if takes_label(near) else f"See: kodemachine help {near}")
+    several = f"; to start several: kodemachine start -d {word} {others}" if RESERVED.isdisjoint(words) else ""
+    return UsageError(f"{word} is no command, and a label stands alone",
+                      f"To run a command in that machine: kodemachine {word} -- {others}{several}")
+
+
 @command("start", LABELS,
          option("-d", "--detach", action="store_true", help="do not connect; print the address"),
          option("--rm", action="store_true", help="delete the new machine when its session ends"),
          option("--fresh", action="store_true", help="delete an existing machine first"), YES,
          option("--disposable", action="store_true", help="drop all writes at power-off"),
-         option("--base", metavar="IMAGE", help="clone this image"),
+         option("--base", type=image_name, metavar="IMAGE", help="clone this image"),
          option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),
@@ -4363,15 +4397,9 @@ def wishes_of(opts: Arguments) -> Wishes:
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run what follows -- in it"""
     wishes = wishes_of(opts)
-    if opts.bare and opts.labels[1:] and opts.labels[1] in all_names():
-        raise UsageError("the command comes before the label", f"kodemachine {opts.labels[1]} {opts.labels[0]}")
+    if opts.bare and opts.labels[1:]:
+        raise no_command(*opts.labels)
     labels = chosen(ctx, opts)
-    if len(labels) > 1 and opts.bare:
-        near = near_command(labels[0])
-        raise UsageError(f"there is no command {labels[0]}; did you mean {near!r}?" if near else
-                         "one label at a time, unless with: kodemachine start -d",
-                         f"kodemachine {near} {' '.join(labels[1:])}" if near else
-                         f"To run a command there: kodemachine {labels[0]} -- {' '.join(labels[1:])}")
     if len(labels) > 1 and not opts.detach:
         raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
     if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
@@ -4665,6 +4693,8 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
          examples=["list", "list -a --json", "list --format ansible"])
 def cmd_list(ctx: Context, opts: Arguments) -> int:
     """the machines, their state, address and size"""
+    if opts.as_json + opts.labels_only + bool(opts.format) > 1:
+        raise UsageError("one of -q, --json and --format at a time", "See: kodemachine help list")
     manager, out = ctx.manager, ctx.out
     rows = manager.utm.rows(tolerant=True)
     shown = list(rows) if opts.all else manager.clones(rows)
@@ -4820,7 +4850,8 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
         raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     person = sys.stdin.isatty()
     if person:
-        leave = f"leave with {opts.escape.capitalize()}" if escape else "no escape key"
+        key = f"Ctrl-{chr(escape[0] + 64)}" if escape < b" " else escape.decode()
+        leave = f"leave with {key}" if escape else "no escape key"
         ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(0)
@@ -4883,7 +4914,7 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
          option("--all", action="store_true", help="running, paused and saved ones too"),
          option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
-         option("--image", metavar="IMAGE", help="cloned from this image"),
+         option("--image", type=image_name, metavar="IMAGE", help="cloned from this image"),
          option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, JSON, aliases=["prune"],
          examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
@@ -4996,9 +5027,9 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
 
 def version(text: str) -> str:
     """The name of the image of that version. For argparse."""
-    if not IMAGE.fullmatch("kodeimage-" + text):
+    if image_name(text) == text:
         raise argparse.ArgumentTypeError(f"{text!r} is no version, such as v0.2.0")
-    return "kodeimage-" + text
+    return image_name(text)
 
 
 def disk_size(text: str) -> int:
@@ -5034,7 +5065,7 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("base use", option("image", metavar="IMAGE", help="the image's name in UTM, or its UUID"),
+@command("base use", option("image", type=image_name, metavar="IMAGE", help="its name in UTM, version or UUID"),
          examples=["base use kodeimage-v0.2.0"])
 def cmd_base_use(ctx: Context, opts: Arguments) -> int:
     """choose the image that new machines come from"""
@@ -5357,6 +5388,8 @@ def welcome(ctx: Context, opts: Arguments) -> int:
             lines.insert(0, "no machines yet; the first of these lines makes one")
     except NotFound as failure:
         lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
+    except UsageError as failure:           # a broken configuration, without which doctor cannot look
+        lines.insert(0, f"the machines are not shown: {failure.message}. {failure.hint}")
     except KodeError as failure:
         lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine doctor")
     ctx.out.result("\n".join([TITLE, "", *(f"  {line}" for line in EPILOG.splitlines()), "", *lines]))
@@ -5503,6 +5536,11 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
     takes_rest = opts.command in TAKES_REST
     if unknown:
+        if unknown[0] == "--config":
+            raise UsageError("--config stands before the command", f"So: kodemachine --config FILE {opts.command} ...")
+        entry = COMMANDS.get(opts.command)
+        if entry and any(unknown[0] in names for names, _ in entry.options):
+            raise UsageError(f"{unknown[0]} stands behind the command", f"So: kodemachine {opts.command} {unknown[0]}")
         hint = "A command to run in the machine stands behind --. " * takes_rest
         raise UsageError(f"{opts.command or 'kodemachine'} does not take {unknown[0]!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())

@@ -539,7 +539,7 @@ class Guest:
             "etc/systemd/enabled": "qemu-guest-agent.service\nssh.service\n",
             "etc/systemd/system/qemu-guest-agent.service": "",
             "etc/systemd/system/ssh.service": "",
-            "etc/ssh/ssh_host_ed25519_key.pub": utm.app["host_key"] + "\n",
+            "etc/ssh/ssh_host_ed25519_key.pub": utm.app["host_key"].format(uuid.replace("-", "")) + "\n",
             "proc/sys/kernel/hostname": "kodeimage\n",
             **{
                 f"bin/{name}": f'#!/bin/sh\nROOT=$(cd "${{0%/*}}/.." && pwd)\n{body}\n'
@@ -3537,7 +3537,7 @@ class CrashTest(SpawnCase):
         wait_for(self.clone_is_under_way)
         terminal.send(b"\x03")
         self.assertEqual(terminal.wait(), 130)
-        terminal.expect(b"UTM goes on cloning kodeimage-v0.2.0 to km-alpha; the same command, run again, takes it from")
+        terminal.expect(b"UTM goes on cloning kodeimage-v0.2.0 to km-alpha; kodemachine alpha takes it from there")
         self.assertEqual(terminal.attributes(), terminal.before)
         self.assertTrue(terminal.seen.endswith(b"\n"), terminal.seen)
         self.assertNoChildrenLeft()
@@ -4041,6 +4041,11 @@ class AttachTest(Case):
         terminal.send(b"\x1d\x01")
         self.assertEqual(self.line.hear(1), b"\x1d")
         self.assertEqual(terminal.wait(), 0)
+        for key, name, octet in (("x", b"x", b"x"), ("^X", b"Ctrl-X", b"\x18")):
+            terminal = self.attach("--escape", key)
+            self.assertIn(b"leave with " + name + b" ---", terminal.seen)
+            terminal.send(octet)
+            self.assertEqual(terminal.wait(), 0)
         bad = self.km("attach", "a", "--escape", "alt-f4")
         self.assertEqual((bad.code, bad.err.count("\n")), (2, 2))
 
@@ -4619,6 +4624,13 @@ print(sys.executable, sys.flags.isolated, sys.flags.no_site, *sys.argv[1:], sep=
             self.release("1.1.0")
             self.install()
             self.assertIn(b'"1.0.0"', running.read())
+
+    def test_without_a_home_it_takes_a_prefix(self) -> None:
+        code, _, err = self.run_script(HOME="")
+        self.assertEqual((code, "--prefix" in err), (2, True), err)
+        self.install("--prefix", self.path("opt"), HOME="")
+        self.assertTrue(os.access(self.path("opt/bin/kodemachine"), os.X_OK))
+        self.assertFalse(os.path.exists(self.target))
 
     def test_prefix_may_be_relative_or_have_blanks_or_a_tilde(self) -> None:
         for prefix, folder in (("a prefix", "a prefix"), ("~/tools/", "home/tools"),
@@ -6167,7 +6179,7 @@ class RmTest(FleetCase):
     def test_a_machine_that_exists_is_not_touched(self) -> None:
         for label, status in (("off", "stopped"), ("on", "started")):
             self.vm(label, status)
-            self.assert_says(self.km(label, "--rm"), 4, "exists already", f"kodemachine start {label} --fresh")
+            self.assert_says(self.km(label, "--rm"), 4, "exists already", f"kodemachine delete {label}, then the same")
         self.assertEqual(self.states(), {IMAGE: "stopped", "km-off": "stopped", "km-on": "started"})
         self.assertEqual((self.asked("start"), self.utm.calls(tool="ssh"), self.records()), ([], [], {}))
 
@@ -6252,6 +6264,15 @@ class RmTest(FleetCase):
         wait_for(lambda: self.asked("ip-address"))
         process.send_signal(signal.SIGINT)
         self.assertEqual((self.ended(process).code, self.utm.names()), (130, [IMAGE]))
+
+    def test_cut_off_while_utm_clones_it_says_how_to_be_rid_of_it(self) -> None:
+        self.utm.option(clone_seconds=4)
+        process = self.start_km("t", "--rm")
+        wait_for(lambda: f"{IMAGE} 2" in self.utm.names())
+        process.send_signal(signal.SIGINT)
+        self.assert_says(self.ended(process), 130, "UTM goes on cloning", "to km-t; to delete it: kodemachine delete t")
+        wait_for(lambda: "km-t" in self.utm.names())
+        self.assert_says(self.km("delete", "t"), 0, "t deleted")
 
     def test_after_kill_9_it_is_marked_and_the_next_purge_takes_it_though_it_runs(self) -> None:
         process = self.session()
@@ -6423,7 +6444,7 @@ class StartTest(FleetCase):
         process.kill()
         process.wait()
         result = self.km("start", "-d", "a", "--base", "kodeimage-v0.1.0")
-        self.assert_says(result, 4, f"km-a was cloned from {IMAGE}", "kodemachine start a --fresh")
+        self.assert_says(result, 4, f"km-a was cloned from {IMAGE}", "the same command with --fresh")
         self.assert_says(self.km("start", "-d", "a", "--base", IMAGE), 0)
 
     def test_what_only_a_new_machine_can_have_is_exit_4_on_an_old_one(self) -> None:
@@ -6431,8 +6452,8 @@ class StartTest(FleetCase):
         self.image()
         self.vm("a", "started")
         self.remember(a={"image": {"name": IMAGE, "uuid": self.utm.machine(IMAGE)["uuid"]}})
-        for args in (("--cpus", "2"), ("--memory", "1G"), ("--base", "other"), ("--rm",)):
-            self.assert_says(self.km("start", "a", *args), 4, "kodemachine start a --fresh")
+        for args in (("--cpus", "2"), ("--memory", "1G"), ("--base", "other")):
+            self.assert_says(self.km("start", "a", *args), 4, "the same command with --fresh")
         self.assert_says(self.km("start", "a", "--disposable"), 4, "only a stopped machine", "kodemachine stop a")
         self.assertEqual(set(self.utm.verbs()) - {"list", "ip-address"}, set())
         self.remember(a={"image": "nonsense"})
@@ -6716,6 +6737,16 @@ class DoctorTest(FleetCase):
         self.write_state("machines.json", "{")
         self.assert_said(self.doctor(), leftovers=r"error: .*machines.json is of no use .* \| Move it away")
         self.assertEqual(self.km("doctor").err.count("is of no use"), 1)
+
+    def test_what_cannot_be_read_is_a_finding_and_the_others_follow(self) -> None:
+        doctor = kodemachine.Doctor(kodemachine.Manager(kodemachine.Settings(), mock.Mock(), mock.Mock()))
+        failure = PermissionError(errno.EACCES, "Permission denied", "/state")
+        checks = (("one", "", "", mock.Mock(side_effect=failure)), ("two", "one", "", mock.Mock()),
+                  ("three", "", "well", lambda _: ()))
+        with mock.patch.object(kodemachine, "CHECKS", checks):
+            found = [finding[:3] for finding in doctor.findings()]
+        self.assertEqual(found[0], ("one", "error", "/state: Permission denied"))
+        self.assertEqual([level for _, level, _ in found], ["error", "skipped", "ok"])
 
     def test_what_only_a_mac_can_have(self) -> None:
         """In process, since it takes another system, and another user."""
@@ -7260,7 +7291,7 @@ class FirstScreenTest(FleetCase):
         asked = len(self.utm.calls())
         with open(self.config(), "w", encoding="utf-8") as file:
             file.write("{")
-        self.assertIn("the machines are not shown: " + file.name + ":1:2: ", said())
+        self.assertRegex(said(), "the machines are not shown: " + re.escape(file.name) + ":1:2: .*The file must be one JSON")
         self.config(utmctl="/nonexistent")
         self.assertEqual(said(), away.format("there is no utmctl at /nonexistent"))
         self.assertEqual(len(self.utm.calls()), asked)
@@ -7544,6 +7575,14 @@ class BaseTest(FleetCase):
                          ["*", "kodeimage-v0.10.0", "stopped"], ["Old", "Debian", "stopped"]])
         self.config(base_image="gone")
         self.assert_says(self.km("base", "list"), 0, "base_image is gone, and there is no such machine")
+
+    def test_an_image_may_be_named_by_its_version(self) -> None:
+        self.image("kodeimage-v0.1.0")
+        self.image()
+        self.assert_says(self.km("base", "use", "v0.1.0"), 0, "new machines come from kodeimage-v0.1.0")
+        self.image("kodeimage-v0.3.0", status="started")
+        self.assert_says(self.km("start", "-d", "a", "--base", "v0.3.0"), 4, "the image kodeimage-v0.3.0 is started")
+        self.assert_says(self.km("purge", "--image", "v0.1.0"), 0, "nothing to purge")
 
     def test_an_image_configured_by_its_uuid_is_one(self) -> None:
         uuid = self.utm.add("Plain")
@@ -8300,17 +8339,29 @@ class MistakesTest(Case):
         self.image()
         for words, status, message, hint in (
             (["sotp", "alpha"], 2, "there is no command sotp; did you mean 'stop'?", "kodemachine stop alpha"),
-            (["alpha", "hostname"], 2, "one label at a time", "kodemachine alpha -- hostname"),
+            (["alpha", "hostname"], 2, "a label stands alone", "kodemachine alpha -- hostname"),
             (["exec", "alpha", "hostname"], 2, "exec does not take 'hostname'", "stands behind --"),
             (["stop", "alpha", "--now"], 2, "stop does not take '--now'", "kodemachine help stop"),
             (["--", "hostname"], 2, "there is no label before --", ""),
             (["list", "--", "hostname"], 2, "list takes no command after --", ""),
             (["help", "lsit"], 2, "there is no command lsit; did you mean 'list'?", "kodemachine help"),
             (["version"], 2, "'version' is a word of kodemachine's own", "'--version'? See: kodemachine help"),
-            (["shell", "alpha"], 2, "'shell' is a word of kodemachine's own", "Did you mean 'ssh'?"),
+            (["shell"], 2, "'shell' is a word of kodemachine's own", "Did you mean 'ssh'?"),
+            (["shell", "alpha"], 2, "there is no command shell; did you mean 'ssh'?", "kodemachine ssh alpha"),
+            (["-a"], 2, "kodemachine does not take '-a'", "See: kodemachine help"),
             (["launch"], 2, "there is no machine launch; did you mean 'start'?", "kodemachine start launch"),
             (["destroy", "alpha"], 2, "there is no command destroy; did you mean 'delete'?", "machine delete alpha"),
+            (["reboot", "alpha"], 2, "there is no command reboot; did you mean 'stop'?", "kodemachine stop alpha"),
+            (["ps"], 2, "there is no machine ps; did you mean 'list'?", "kodemachine start ps"),
+            (["frob", "alpha"], 2, "frob is no command, and a label stands alone", "kodemachine start -d frob alpha"),
             (["alpha", "stop"], 2, "the command comes before the label", "kodemachine stop alpha"),
+            (["alpha", "ls"], 2, "a label stands alone", "kodemachine alpha -- ls\n"),
+            (["lst", "alpha"], 2, "there is no command lst; did you mean 'list'?", "See: kodemachine help list"),
+            (["list", "-q", "--json"], 2, "one of -q, --json and --format", ""),
+            (["list", "--json", "--format", "ansible"], 2, "one of -q, --json and --format", ""),
+            (["-a", "list"], 2, "-a stands behind the command", "kodemachine list -a"),
+            (["-d", "start", "web"], 2, "-d stands behind the command", "kodemachine start -d"),
+            (["list", "--config", "x"], 2, "--config stands before the command", "kodemachine --config FILE list"),
             (["start", "a", "b"], 2, "several labels need --detach", "kodemachine start -d a b"),
             (["start", "-d", "a", "b", "--fresh"], 2, "need -y", ""),
             (["stop", "-t", "x"], 2, "'x' is no positive number of seconds", "kodemachine help stop"),
@@ -8865,7 +8916,8 @@ class Stage:
         os.chmod(file.name, 0o755)
         hosts = [host for host in self.utm.app()["addresses"] if not Sshd.why_not_bind(host)] or ["127.0.0.1"]
         documents = os.path.join(self.home, "Documents of UTM")
-        self.utm.option(documents=documents, addresses=hosts, clone_seconds=0.7, launch_seconds=1.0)
+        self.utm.option(documents=documents, addresses=hosts, clone_seconds=0.7, launch_seconds=1.0,
+                        host_key="ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{:F<43} root@guest")       # each has its own
         console = {"kind": "ptty", "path": self._console()}
         seconds = {"start_seconds": 0.8, "agent_after": 1.2, "request_seconds": 1.0}
         self.utm.add("kodeimage-v0.2.0", disk=3 << 20, serials=[console], **seconds)
@@ -8939,6 +8991,7 @@ def demo() -> int:
 
 def sandbox() -> int:
     """A shell in which kodemachine works, on a fake UTM that ends with it."""
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))      # the window was closed: tidy up
     folder = tempfile.mkdtemp(prefix="kodemachine-sandbox-")
     try:
         stage = Stage(os.path.realpath(folder))
