@@ -4850,8 +4850,8 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
         raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
     person = sys.stdin.isatty()
     if person:
-        key = f"Ctrl-{chr(escape[0] + 64)}" if escape < b" " else escape.decode()
-        leave = f"leave with {key}" if escape else "no escape key"
+        leave = "no escape key" if not escape else \
+            "leave with " + (f"Ctrl-{chr(escape[0] + 64)}" if escape < b" " else escape.decode())
         ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(0)

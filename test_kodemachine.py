@@ -4046,6 +4046,10 @@ class AttachTest(Case):
             self.assertIn(b"leave with " + name + b" ---", terminal.seen)
             terminal.send(octet)
             self.assertEqual(terminal.wait(), 0)
+        terminal = self.attach("--escape", "none")
+        self.assertIn(b"no escape key ---", terminal.seen)
+        self.line.power_off()
+        self.assertEqual(terminal.wait(), 0)
         bad = self.km("attach", "a", "--escape", "alt-f4")
         self.assertEqual((bad.code, bad.err.count("\n")), (2, 2))
 
