@@ -114,7 +114,7 @@ NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System
                "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
                "or before somebody has logged in at the screen.")
 RUN_AGAIN = "the same command, run again, takes it from there"
-MORE_TIME = "allow more time: kodemachine config set boot_timeout SECONDS"
+MORE_TIME = "allow more time: --timeout of start and ssh, or boot_timeout in the configuration"
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
 MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
@@ -285,6 +285,7 @@ class Wishes(NamedTuple):
     only_new: bool = False      # --rm: the machine must not exist yet
     may_clone: bool = True
     bare: bool = False          # the label stood alone on the command line, where a command may be meant
+    afterwards: str = RUN_AGAIN     # what to tell a person who interrupts the cloning
 
 
 class Notes:
@@ -967,7 +968,7 @@ def _is_text(value: object) -> bool:
 
 def _is_prefix(value: object) -> bool:
     return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 \
-        and not "kodeimage-v".startswith(value)
+        and not "kodeimage-v".startswith(value) and not value.startswith("kodeimage-v")
 
 
 # For each key: what it must be, in words for the person, and the test of it.
@@ -1024,6 +1025,8 @@ class Config:
         for key, value in found.items():
             if key != unless:
                 self._check(key, value, self._position(text, key) + ": ")
+        if not unless:
+            self._check_image(found)
         return found
 
     @staticmethod
@@ -1054,6 +1057,13 @@ class Config:
                              ("Mend it there, or" if where else "So")
                              + f": kodemachine config set {key} VALUE ('' for the default)")
 
+    def _check_image(self, found: dict[str, Any]) -> None:
+        """An image that looks like a clone would be treated as one as soon as another is configured."""
+        image, prefix = found.get("base_image"), found.get("prefix") or Settings().prefix
+        if image and image.startswith(prefix):
+            raise UsageError(f"{self.path}: base_image {image!r} begins with the prefix of clones, {prefix!r}",
+                             "Rename the image in UTM, then: kodemachine config set base_image NAME")
+
     def settings(self) -> Settings:
         """The file's values over the defaults, with `~` expanded in paths."""
         found = {key: value for key, value in self.load().items() if value is not None}
@@ -1076,6 +1086,7 @@ class Config:
             self._check(key, None if text == "" else value)
         if text != "":
             found[key] = value
+        self._check_image(found)
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
 
 
@@ -2076,7 +2087,8 @@ class Cloner:
     def _await(self, name: str, intent: Intent, found: dict[str, Any], call: Call | None, limit: float) -> Row | None:
         """The machine that comes of an intent; None if there is none, and no later one to be feared.
 
-        `found` is what the intent says, and `call` this run's own, or None for an earlier run's.
+        `found` is what the intent says, and `call` this run's own, or None for an earlier run's. After `limit` seconds
+        (0: that time has been over long since) what comes is no longer ours for sure.
         Raises KodeError if it failed, or if what came is not provably ours.
         """
         half_name = re.compile(re.escape(found["base"]) + r"(?: \d+)?")
@@ -2086,9 +2098,12 @@ class Cloner:
         for _ in attempts(max(limit, 2 * UNCHANGED), self._notes.tick, 0.1, 0.5):
             reply = self._utm.finish(call, 1.0) if call else None
             ended = bool(reply) or not (call or intent.call_alive())
-            new = [row for row in self._utm.rows() if row.uuid not in found["listed"]]
+            rows = self._utm.rows()
+            new = [row for row in rows if row.uuid not in found["listed"]]
             named = [row for row in new if row.name == name]
-            half = [] if named else [row for row in new if half_name.fullmatch(row.name)]
+            # Without its base beside it, what bears the base's name may as well be the base, made anew by somebody.
+            half = [row for row in new if half_name.fullmatch(row.name)] \
+                if not named and found["base_uuid"] in {"", *(row.uuid for row in rows)} else []
             if seen != (new, ended):
                 seen, since = (new, ended), time.monotonic()
             settled = time.monotonic() - since >= UNCHANGED
@@ -2098,6 +2113,9 @@ class Cloner:
                 which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
                 raise WrongState(f"more than one machine may be the new {name}: {which}",
                                  f"Name one of them {name} in UTM, and delete or rename the others.")
+            if ended and settled and half and not limit:
+                raise WrongState(f"{half[0].name} ({half[0].uuid}) may be what an earlier run began to clone to {name}",
+                                 f"If so, rename it to {name} in UTM; if not, give it another name.")
             if ended and settled and half and half[0].power is Power.STOPPED:
                 if renames == 3:
                     break
@@ -2259,11 +2277,17 @@ def image_of(record: dict[str, Any]) -> dict[str, Any]:
     return image if isinstance(image, dict) else {}
 
 
-def without_trace(record: dict[str, Any]) -> dict[str, None]:
-    """The keys of a record to drop when a boot that leaves no trace in the machine (--disposable) is over."""
+def is_called(image: dict[str, Any], wanted: str) -> bool:
+    """Whether a recorded image is the one that is meant by its name, its version, or its UUID."""
+    return image.get("name") in (wanted, "kodeimage-" + wanted) or image.get("uuid") == wanted.upper()
+
+
+def without_trace(record: dict[str, Any]) -> dict[str, str | None]:
+    """What to change in a record when a boot that leaves no trace in the machine (--disposable) is over."""
     if not record.get("disposable"):
         return {}
-    return dict.fromkeys(["disposable"] if record.get("personality") else ["disposable", "host_keys", "learning"])
+    keys = ["disposable"] if record.get("personality") else ["disposable", "host_keys", "learning"]
+    return {**dict.fromkeys(keys), **({"first_boot": "pending"} if record.get("first_boot") == "ran" else {})}
 
 
 class Manager:
@@ -2274,6 +2298,7 @@ class Manager:
         self.settings, self.utm, self.state = settings, utm, state
         self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
         self.handoff = Handoff(settings, state, words)
+        self._turn = threading.Lock()
 
     # -- names
 
@@ -2357,8 +2382,11 @@ class Manager:
 
     @contextlib.contextmanager
     def fleet(self) -> Iterator[None]:
-        """Holds the fleet's lock: for clone, rename, configuration and delete."""
-        with self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
+        """Holds the fleet's lock: for clone, rename, configuration and delete.
+
+        Our own threads take turns before it, so that only the time that others take counts as waiting.
+        """
+        with self._turn, self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
             yield
 
     def record_of(self, uuid: str) -> dict[str, Any]:
@@ -2389,8 +2417,11 @@ class Manager:
                 return VM(self.utm, self._clone(label, wishes)), None
             self.cloner.adopt(row)
             self._keep_as_it_is(row, label, wishes)
-            if self.is_orphan(row, self.record_of(row.uuid)):
+            record = self.record_of(row.uuid)
+            if self.is_orphan(row, record):
                 self.state.record(row.uuid, rm=None)        # somebody wants it after all
+            if record.get("name", name) != name:
+                self.state.record(row.uuid, name=name)      # it was renamed in UTM
             if row.uuid in known and row.power is Power.STARTED:
                 kept, call = call, None
                 return VM(self.utm, row), kept
@@ -2416,9 +2447,7 @@ class Manager:
                                  f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
                                  "run the same command again.")
             else:
-                afterwards = f"to delete it: kodemachine delete {label}" if wishes.only_new else \
-                    f"kodemachine {label} takes it from there"
-                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows, afterwards)
+                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows, wishes.afterwards)
                 self.cloner.adopt(row)
             self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
@@ -2432,6 +2461,7 @@ class Manager:
         """
         vm, name = self.find(label), self.settings.prefix + new
         record = self.record_of(vm.uuid)
+        record.update(without_trace(record))
         if record.get("saved"):
             raise WrongState(f"{vm.name} has a saved session, which its copy would lack",
                              f"First: kodemachine resume {label}, then kodemachine stop {label}")
@@ -2439,10 +2469,14 @@ class Manager:
             raise WrongState(f"{vm.name} is {vm.power.value}; only a stopped machine can be cloned",
                              f"First: kodemachine stop {label}")
         with self.fleet():
-            found = Intent(self.state, name).load()
+            intent = Intent(self.state, name)
+            found = intent.load()
             if found and found["base_uuid"] != vm.uuid:
-                raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
-                                 f"To complete that: {self.to_complete(name, found)}")
+                rows = self.utm.rows()
+                if intent.call_alive() or self.row_of(rows, new) or found["base_uuid"] in {row.uuid for row in rows}:
+                    raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
+                                     f"To complete that: {self.to_complete(name, found)}")
+                intent.remove()         # of a machine that is gone nothing will come any more
             row = self.cloner.finish(name)
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
@@ -2478,9 +2512,10 @@ class Manager:
             raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself",
                              f"To replace it: kodemachine delete {label}, then the same command")
         image = image_of(record)
-        if wishes.base and wishes.base != image.get("name") and wishes.base.upper() != image.get("uuid"):
+        if wishes.base and not is_called(image, wishes.base):
             raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
-        unstarted = record.get("new") and row.power is Power.STOPPED    # by a run that was cut off
+        # By a run that was cut off.
+        unstarted = record.get("new") and row.power is Power.STOPPED and not record.get("saved")
         if (wishes.cpus or wishes.memory) and not unstarted:
             raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
         if wishes.disposable and record.get("saved"):
@@ -2505,7 +2540,8 @@ class Manager:
         if wanted is None:
             raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
                            "(README: The golden image).")
-        found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()]
+        found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()] or \
+            [row for row in rows if row.name == "kodeimage-" + wanted]
         if not found:
             raise NotFound(f"there is no image {wanted}", f"Images: {names}. Choose one with --base, or: "
                            "kodemachine config set base_image NAME")
@@ -2518,7 +2554,7 @@ class Manager:
             raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
         if found[0].power is not Power.STOPPED:
             raise WrongState(
-                f"the image {wanted} is {found[0].power.value}; only a stopped one can be cloned",
+                f"the image {found[0].name} is {found[0].power.value}; only a stopped one can be cloned",
                 f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}",
             )
         return found[0]
@@ -2617,14 +2653,12 @@ class Manager:
         told = self.read_guest(vm, label)
         if told is None:
             return
-        record = self.record_of(vm.uuid)
-        keys = record.get("host_keys") if record.get("personality") else None
         self.state.record(
             vm.uuid,
             name=vm.name,
-            host_keys=keys or told[0] or None,
+            host_keys=told[0] or None,
             machine_id=printable(told[1]) or None,
-            personality=None if record.get("disposable") else True,
+            personality=None if self.record_of(vm.uuid).get("disposable") else True,
             learning=None,
         )
 
@@ -2633,9 +2667,8 @@ class Manager:
         return self.settings.first_boot if self.record_of(vm.uuid).get("first_boot") == "pending" else None
 
     def first_boot_done(self, vm: VM) -> None:
-        """The script has been run; unless that is forgotten at power-off."""
-        if not self.record_of(vm.uuid).get("disposable"):
-            self.state.record(vm.uuid, first_boot="done")
+        """The script has been run; `ran` is forgotten at power-off."""
+        self.state.record(vm.uuid, first_boot="ran" if self.record_of(vm.uuid).get("disposable") else "done")
 
     # -- looking
 
@@ -2711,12 +2744,14 @@ class Manager:
         vm = self.find(label)
         if vm.power is Power.PAUSED and not save:
             return "is suspended already"
-        if save and self.record_of(vm.uuid).get("disposable"):
+        record = self.record_of(vm.uuid)
+        if save and record.get("disposable"):
             raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk",
                              f"To memory it can: kodemachine suspend {label}")
-        before = self.record_of(vm.uuid).get("saved")
-        if save:
-            self.state.record(vm.uuid, name=vm.name, saved=True)    # already now: should we be cut off, it may be
+        # A machine that runs has no saved session (any more): its snapshot is deleted when it goes on (contract 2).
+        before = record.get("saved") if vm.power is not Power.STARTED else None
+        if save or record.get("saved"):     # already now: should we be cut off, it may be
+            self.state.record(vm.uuid, name=vm.name, saved=save or before)
         try:
             vm.suspend(self.settings.stop_timeout, save)
         except (TimedOut, Unreachable):         # it may have been saved: that is not to be forgotten
@@ -2732,10 +2767,12 @@ class Manager:
         record = self.record_of(vm.uuid)
         if vm.power is Power.STARTED:
             return "is running already"
-        if vm.power is Power.STOPPED and not record.get("saved"):
-            raise WrongState(f"{vm.name} is stopped and has no saved session",
-                             f"Start it: kodemachine start -d {label}")
-        vm.power_on(self.settings.boot_timeout, hide=self.settings.headless)
+
+        def before_cold() -> None:
+            if not record.get("saved"):
+                raise WrongState(f"{vm.name} is stopped and has no saved session",
+                                 f"Start it: kodemachine start -d {label}")
+        vm.power_on(self.settings.boot_timeout, hide=self.settings.headless, before_cold=before_cold)
         self.state.record(vm.uuid, saved=None)
         return "resumed"
 
@@ -2755,7 +2792,9 @@ class Manager:
                                  "See what is there: kodemachine list -a")
             vm.delete(LIMITS["delete"])
             Intent(self.state, vm.name).remove()
-            self.state.forget(vm.name, {row.uuid for row in rows} - {vm.uuid})
+            listed = {row.uuid for row in rows} - {vm.uuid}
+            for name in {vm.name, str(self.record_of(vm.uuid).get("name"))}:        # it may have been renamed in UTM
+                self.state.forget(name, listed)
         return disk.get(vm.uuid, Disk()).frees
 
     def tidy(self) -> None:
@@ -2764,6 +2803,8 @@ class Manager:
             return
         with self.fleet():
             listed = {row.uuid for row in self.utm.rows()}
+            if not listed:
+                return              # perhaps UTM only has no window yet (contract 4)
             records = self.state.records()
             for name in {str(record.get("name")) for uuid, record in records.items() if uuid not in listed}:
                 self.state.forget(name, listed)
@@ -3528,7 +3569,8 @@ class Doctor:
                     found = [Finding(check, ERROR, failure.message, failure.hint)]
                     blind[check] = check
                 except OSError as failure:
-                    found = [Finding(check, ERROR, f"{failure.filename}: {failure.strerror}", "Mend that.")]
+                    place = failure.filename or "the system"
+                    found = [Finding(check, ERROR, f"{place}: {failure.strerror}", "Mend that.")]
                     blind[check] = check
             yield from found or [Finding(check, OK, well, "")]
 
@@ -4190,15 +4232,10 @@ def all_names() -> set[str]:
     return names
 
 
-def image_name(text: str) -> str:
-    """The image that is meant by `v0.2.0`; any other name as it is."""
-    return "kodeimage-" + text if IMAGE.fullmatch("kodeimage-" + text) else text
-
-
 def takes_label(name: str) -> bool:
-    """Whether that is a command, or an alias of one, behind which labels stand."""
-    return any(option in (LABEL_ARG, LABELS) for command, entry in COMMANDS.items()
-               for option in entry.options if name in (command, *entry.aliases))
+    """Whether that is a command, or an alias of one, behind which a label stands."""
+    return any(names[0] in ("label", "labels") for command, entry in COMMANDS.items()
+               for names, _ in entry.options if name in (command, *entry.aliases))
 
 
 def seconds(text: str) -> float:
@@ -4372,14 +4409,18 @@ def wishes_of(opts: Arguments) -> Wishes:
 def no_command(word: str, *words: str) -> UsageError:
     """What to say where words follow one that is no command: a label stands alone."""
     near, others = near_command(word), " ".join(words)
+    inside = f"to run a command in that machine: kodemachine {word} -- {others}"
     if takes_label(words[0]):
-        return UsageError("the command comes before the label", f"kodemachine {words[0]} {word}")
+        return UsageError("the command comes before the label", f"kodemachine {words[0]} {word}; or, {inside}")
     if near:
-        return UsageError(f"there is no command {word}; did you mean {near!r}?",
-                          f"kodemachine {near} {others}" if takes_label(near) else f"See: kodemachine help {near}")
+        if words[1:] and near in ("ssh", "exec"):
+            others = f"{words[0]} -- {' '.join(words[1:])}"
+        hint = f"kodemachine {near} {others}" if takes_label(near) and not (words[1:] and near == "start") else \
+            f"See: kodemachine help {near}" if near in all_names() else f"kodemachine {near}"
+        return UsageError(f"there is no command {word}; did you mean {near!r}?", hint)
     several = f"; to start several: kodemachine start -d {word} {others}" if RESERVED.isdisjoint(words) else ""
     return UsageError(f"{word} is no command, and a label stands alone",
-                      f"To run a command in that machine: kodemachine {word} -- {others}{several}")
+                      inside[0].upper() + inside[1:] + several)
 
 
 @command("start", LABELS,
@@ -4387,7 +4428,7 @@ def no_command(word: str, *words: str) -> UsageError:
          option("--rm", action="store_true", help="delete the new machine when its session ends"),
          option("--fresh", action="store_true", help="delete an existing machine first"), YES,
          option("--disposable", action="store_true", help="drop all writes at power-off"),
-         option("--base", type=image_name, metavar="IMAGE", help="clone this image"),
+         option("--base", metavar="IMAGE", help="clone this image"),
          option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),
@@ -4420,8 +4461,10 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
 
 def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM, str]:
     """The machine of that label, up and answering, and its address."""
-    if opts.fresh and make_room(ctx, label, wishes, opts):
-        wishes = wishes._replace(bare=False)        # what a machine was called is no typo, even of a command's name
+    if opts.fresh:
+        existed = make_room(ctx, label, wishes, opts)       # what a machine was called is no typo of a command
+        wishes = wishes._replace(bare=wishes.bare and not existed,
+                                 afterwards="the same command, without --fresh, takes it from there")
     vm, call = ctx.manager.obtain(label, wishes)
     address = ctx.manager.bring_up(vm, label, wishes, call)
     if opts.repin:
@@ -4471,8 +4514,8 @@ def furnish(ctx: Context, vm: VM, address: str) -> None:
     ctx.out.end_step()
     with open_script(path) as file:
         code = lend_terminal(ctx, [ssh, "-T", *words], file.fileno(), 2)
-    if code == 128 + signal.SIGINT:
-        raise Interrupted(signal.SIGINT)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
+        raise Interrupted(code - 128)
     if code:
         label = ctx.manager.label_of(vm.name)
         raise KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}",
@@ -4523,6 +4566,7 @@ def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
 def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int:
     """--rm: a session in a new machine, which is deleted at its end, however it ends."""
     manager = ctx.manager
+    wishes = wishes._replace(afterwards=f"once it is there, delete it: kodemachine delete {label}")
     with contextlib.ExitStack() as stack:
         with manager.holding(label):
             vm, _ = manager.obtain(label, wishes)
@@ -4914,7 +4958,7 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
 @command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
          option("--all", action="store_true", help="running, paused and saved ones too"),
          option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
-         option("--image", type=image_name, metavar="IMAGE", help="cloned from this image"),
+         option("--image", metavar="IMAGE", help="cloned from this image"),
          option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, JSON, aliases=["prune"],
          examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
@@ -4975,7 +5019,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
         if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
             unknown += 1
         elif (opts.older_than is not None and age is not None and age < opts.older_than) \
-                or opts.image not in (None, origin):
+                or (opts.image is not None and not is_called(image_of(record), opts.image)):
             continue
         elif names.count(row.name) > 1:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
@@ -4990,7 +5034,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
             status = WrongState.status
         else:
             running += 1
-    if opts.image not in (None, *(image_of(record).get("name") for record in records.values())):
+    if opts.image is not None and not any(is_called(image_of(record), opts.image) for record in records.values()):
         out.note(f"no machine is known to come from an image {opts.image}")
     if running and not rows:
         out.note(f"{running} left: running or paused (--all takes those, too)")
@@ -5027,9 +5071,9 @@ def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
 
 def version(text: str) -> str:
     """The name of the image of that version. For argparse."""
-    if image_name(text) == text:
+    if not IMAGE.fullmatch("kodeimage-" + text):
         raise argparse.ArgumentTypeError(f"{text!r} is no version, such as v0.2.0")
-    return image_name(text)
+    return "kodeimage-" + text
 
 
 def disk_size(text: str) -> int:
@@ -5065,7 +5109,7 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("base use", option("image", type=image_name, metavar="IMAGE", help="its name in UTM, version or UUID"),
+@command("base use", option("image", metavar="IMAGE", help="its name in UTM, version or UUID"),
          examples=["base use kodeimage-v0.2.0"])
 def cmd_base_use(ctx: Context, opts: Arguments) -> int:
     """choose the image that new machines come from"""
@@ -5184,6 +5228,8 @@ def cmd_doctor(ctx: Context, opts: Arguments) -> int:
 def cmd_config(ctx: Context, opts: Arguments) -> int:
     """show or change the configuration"""
     if opts.action == "path":
+        if opts.key is not None:
+            raise UsageError("config path takes nothing more", "See: kodemachine help config")
         ctx.out.result(ctx.config.path)
     elif opts.action == "set":
         if opts.key is None or opts.value is None:
@@ -5538,9 +5584,9 @@ def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
     if unknown:
         if unknown[0] == "--config":
             raise UsageError("--config stands before the command", f"So: kodemachine --config FILE {opts.command} ...")
-        entry = COMMANDS.get(opts.command)
-        if entry and any(unknown[0] in names for names, _ in entry.options):
-            raise UsageError(f"{unknown[0]} stands behind the command", f"So: kodemachine {opts.command} {unknown[0]}")
+        for name, entry in COMMANDS.items():
+            if entry.run is opts.run and any(unknown[0] in names for names, _ in entry.options):
+                raise UsageError(f"{unknown[0]} stands behind the command", f"So: kodemachine {name} {unknown[0]}")
         hint = "A command to run in the machine stands behind --. " * takes_rest
         raise UsageError(f"{opts.command or 'kodemachine'} does not take {unknown[0]!r}",
                          f"{hint}See: kodemachine help {opts.command or ''}".rstrip())

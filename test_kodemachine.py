@@ -2631,6 +2631,31 @@ class StateTest(unittest.TestCase):
         self.notes = mock.Mock()
         self.state = kodemachine.State(self.folder, self.notes)
 
+    def test_our_own_threads_take_turns_at_the_fleet_however_long_that_takes(self) -> None:
+        settings = kodemachine.Settings(clone_timeout=0.1, boot_timeout=0.1)
+        manager = kodemachine.Manager(settings, mock.Mock(), self.state)
+        entered, leave, done = threading.Event(), threading.Event(), threading.Event()
+
+        def first() -> None:
+            with manager.fleet():
+                entered.set()
+                leave.wait(60)
+
+        def second() -> None:
+            with manager.fleet():
+                done.set()
+
+        threads = [threading.Thread(target=target) for target in (first, second)]
+        threads[0].start()
+        self.assertTrue(entered.wait(60))
+        threads[1].start()
+        until = time.monotonic() + 2 * settings.lock_limit
+        wait_for(lambda: time.monotonic() > until or not threads[1].is_alive())
+        leave.set()
+        for thread in threads:
+            thread.join()
+        self.assertTrue(done.is_set())
+
     def test_a_record_of_nothing_is_none(self) -> None:
         self.state.record(UUID_A, saved=None)
         self.assertEqual((self.state.records(), os.listdir(self.folder)), ({}, ["locks"]))
@@ -2910,6 +2935,14 @@ class SpawnTest(SpawnCase):
         self.assertEqual(sorted(order), ["begin ip-address", "begin list", "end ip-address", "end list"])
         self.assertLess(order.index("begin ip-address"), order.index("end list"))
 
+    def test_a_machine_renamed_in_utm_is_remembered_by_its_new_name(self) -> None:
+        self.spawn()
+        uuid = self.utm.machine("km-alpha")["uuid"]
+        self.utm.change(uuid, name="km-beta")
+        self.spawn("start", "-d", "beta")
+        with open(os.path.join(self.home, ".local", "state", "kodemachine", "machines.json"), encoding="utf-8") as file:
+            self.assertEqual(json.load(file)[uuid]["name"], "km-beta")
+
     def test_the_address_of_a_remembered_machine_counts_only_if_the_list_shows_it(self) -> None:
         self.spawn()
         old = self.utm.machine("km-alpha")["uuid"]
@@ -3182,6 +3215,23 @@ class ForkTest(SpawnCase):
         uuid = self.utm.machine(name)["uuid"]
         return [call["verb"] for call in self.utm.calls() if call["argv"][1:] and uuid in call["argv"]
                 and call["verb"] in ("start", "stop", "exec")]  # fmt: skip
+
+    def test_of_a_parent_that_is_gone_no_half_copy_is_looked_for(self) -> None:
+        self.parent()
+        self.use(clone_timeout=2)
+        for again in (["clone", "alpha", "beta"], ["start", "-d", "beta"]):
+            self.utm.fault("clone", kill_parent="before", silent=True)
+            self.assertEqual(self.km("clone", "alpha", "beta").code, -signal.SIGKILL)
+            self.utm.clear_faults()
+            self.spawn("start", "-d", "alpha", "--fresh", "-y")
+            self.spawn("stop", "alpha")
+            alpha = self.utm.machine("km-alpha")["uuid"]
+            result = self.km(*again)
+            self.assertEqual(result.code, 0 if again[0] == "clone" else 4, result.err)
+            self.assertEqual(self.utm.machine(alpha)["name"], "km-alpha")
+            if again[0] == "clone":
+                self.assertEqual(self.utm.machine("km-beta")["copied_from"], alpha)
+                self.remove("km-beta")
 
     def test_a_fork_is_a_machine_of_its_own(self) -> None:
         parent = self.parent()
@@ -3468,6 +3518,36 @@ class CrashTest(SpawnCase):
                 self.assertEqual(len(self.utm.calls("clone")), before + 1)
                 self.remove("km-alpha")
 
+    def cut_off(self, *args: str) -> None:
+        """Killed before UTM has heard of the clone; and so long ago that nothing can come of it any more."""
+        self.utm.fault("clone", kill_parent="before", silent=True)
+        self.assertEqual(self.km(*args).code, -signal.SIGKILL)
+        self.utm.clear_faults()
+        path = os.path.join(self.home, ".local", "state", "kodemachine", "intents", "km-alpha.json")
+        with open(path, encoding="utf-8") as file:
+            intent = json.load(file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({**intent, "time": intent["time"] - 3600}, file)
+
+    def test_an_image_made_anew_is_not_taken_for_the_half_of_a_clone(self) -> None:
+        self.cut_off("start", "-d", "alpha")
+        self.remove("kodeimage-v0.2.0")
+        image = self.image()
+        self.spawn()
+        self.assertEqual(self.utm.machine(image)["name"], "kodeimage-v0.2.0")
+        self.assertEqual(self.utm.machine("km-alpha")["copied_from"], image)
+
+    def test_a_copy_made_by_hand_long_after_is_left_to_the_person(self) -> None:
+        self.cut_off("start", "-d", "alpha")
+        with self.utm.fake as utm:
+            utm.insert(utm.new_uuid(), self.base)
+        result = self.spawn(code=4)
+        self.assertRegex(result.err, r"kodeimage-v0.2.0 2 \([0-9A-F-]{36}\) may be what an earlier run began")
+        self.assertEqual(self.utm.names(), ["kodeimage-v0.2.0", "kodeimage-v0.2.0 2"])
+        self.utm.change("kodeimage-v0.2.0 2", name="my own")
+        self.spawn()
+        self.assert_machines("my own", "km-alpha")
+
     def clone_is_under_way(self) -> bool:
         """Whether UTM has heard of it: before that, the next run would have to wait till it is sure."""
         with self.utm.fake as utm:
@@ -3537,7 +3617,7 @@ class CrashTest(SpawnCase):
         wait_for(self.clone_is_under_way)
         terminal.send(b"\x03")
         self.assertEqual(terminal.wait(), 130)
-        terminal.expect(b"UTM goes on cloning kodeimage-v0.2.0 to km-alpha; kodemachine alpha takes it from there")
+        terminal.expect(b"UTM goes on cloning kodeimage-v0.2.0 to km-alpha; the same command, run again, takes it from")
         self.assertEqual(terminal.attributes(), terminal.before)
         self.assertTrue(terminal.seen.endswith(b"\n"), terminal.seen)
         self.assertNoChildrenLeft()
@@ -3731,6 +3811,16 @@ class ConfigTest(Case):
     def read(self) -> str:
         with open(self.path, encoding="utf-8", newline="") as file:
             return file.read()
+
+    def test_no_image_begins_with_the_prefix_of_clones(self) -> None:
+        self.write("{}")
+        self.assert_refused("prefix must be", "config", "set", "prefix", "kodeimage-v0-")
+        self.assert_refused("base_image 'km-golden' begins with the prefix", "config", "set", "base_image", "km-golden")
+        self.assertEqual(self.km("config", "set", "base_image", "vm-golden").code, 0)
+        self.assert_refused("begins with the prefix of clones, 'vm-'", "config", "set", "prefix", "vm-")
+        self.write('{"base_image": "km-golden"}')
+        self.assert_refused(f"{self.path}: base_image 'km-golden' begins")
+        self.assertEqual(self.km("config", "set", "base_image", "").code, 0)
 
     def assert_refused(self, words: str, *args: str) -> None:
         result = self.run_program(self.command(*(args or ("list",))))
@@ -5601,6 +5691,25 @@ class StopTest(FleetCase):
 class SuspendTest(FleetCase):
     """suspend and resume: verified by the state, and what was saved is remembered."""
 
+    def test_what_turns_out_to_be_off_is_not_started_by_resume(self) -> None:
+        uuid = self.vm("a", "stopping", stuck=["stopping"])
+        resume = self.start_km("resume", "a")
+        wait_for(lambda: self.utm.calls("status"))
+        self.utm.change(uuid, status="stopped")
+        self.assert_says(self.ended(resume), 4, "km-a is stopped and has no saved session")
+        self.assertEqual(self.asked("start"), [])
+
+    def test_a_session_that_went_on_in_utm_is_no_saved_one(self) -> None:
+        self.vm("a", "started")
+        self.assert_says(self.km("suspend", "--save", "a"), 0)
+        with self.utm.fake as utm:
+            utm.start(utm.vms[0], False, False)
+        self.assert_says(self.km("suspend", "a"), 0, "a suspended to memory")
+        self.assert_says(self.km("stop", "--force", "a"), 0, "a stopped\n")
+        self.image()
+        self.remember(a={"saved": True, "new": True})
+        self.assert_says(self.km("start", "-d", "a", "--cpus", "7"), 4, "--cpus and --memory are for a new clone")
+
     def test_there_and_back(self) -> None:
         uuid = self.vm("a", "started", suspend_seconds=0.2, resume_seconds=0.2)
         self.assert_says(self.km("suspend", "a"), 0, "a suspended to memory")
@@ -5754,16 +5863,16 @@ class DeleteTest(FleetCase):
         self.assertEqual((len(self.asked("delete")), self.utm.names()), (2, [IMAGE]))
 
     def test_it_never_touches_what_is_not_the_clone_of_that_label(self) -> None:
-        self.config(base_image="km-golden")
+        self.config(base_image="golden")
         self.image()
-        for name in ("km-golden", "silver", "km-km-z", "km-Foo", "KM-upper", "km-parent", "km-child", "km-" + "x" * 61):
+        for name in ("golden", "silver", "km-km-z", "km-Foo", "KM-upper", "km-parent", "km-child", "km-" + "x" * 61):
             self.utm.add(name, status="stopped")
         twins = [self.utm.add("km-twin") for _ in range(2)]
         self.remember(child={"image": {"name": "km-parent", "uuid": self.utm.machine("km-parent")["uuid"]}})
         before = self.utm.names()
         for label, code, words in (
             (IMAGE, 2, f"kodemachine start LABEL --base {IMAGE}"),
-            ("golden", 4, "is an image"),
+            ("golden", 3, "no machine"),
             ("parent", 4, "is an image"),
             ("silver", 3, "no machine"),
             ("km-km-z", 2, "cannot be a label"),
@@ -5782,6 +5891,13 @@ class DeleteTest(FleetCase):
                 self.assert_says(self.km("delete", "--force", label), code, words)
         self.assert_says(self.km("delete"), 2, "needs a label")
         self.assertEqual((self.utm.names(), self.asked("delete"), self.asked("stop")), (before, [], []))
+
+    def test_of_a_machine_renamed_in_utm_nothing_is_kept_either(self) -> None:
+        self.vm("a")
+        self.remember(a={"image": {"name": IMAGE, "uuid": "-"}, "name": "km-a"})
+        self.utm.change("km-a", name="km-b")
+        self.assert_says(self.km("delete", "b"), 0, "b deleted")
+        self.assertEqual(self.records(), {})
 
     def test_a_machine_that_was_renamed_or_started_meanwhile_is_not_deleted(self) -> None:
         for label, change, words in (
@@ -5803,6 +5919,14 @@ class PurgeTest(FleetCase):
     """purge: many at once, without fear."""
 
     KEPT = ("kodeimage-v0.2.0", "Windows", "km-km-z", "km-Foo", "KM-a")
+
+    def test_while_utm_shows_no_machines_nothing_is_forgotten(self) -> None:
+        self.vm("a")
+        self.remember(a={"saved": True, "name": "km-a"})
+        before = self.records()
+        self.utm.option(ready_in=3600)
+        self.assert_says(self.km("purge"), 0, "nothing to purge")
+        self.assertEqual(self.records(), before)
 
     def fleet(self) -> None:
         for name in self.KEPT:
@@ -6054,7 +6178,7 @@ class RandomFleetTest(FleetCase):
                 "rm": rng.choice([None, None, True]),
             }
             records.update({uuid: record} if rng.random() < 0.6 else {})
-        return rows, records, rng.choice([None, None, "golden", "km-golden", "km-a"])
+        return rows, records, rng.choice([None, None, "golden", "kodeimage"])
 
     @staticmethod
     def clones(
@@ -6274,7 +6398,8 @@ class RmTest(FleetCase):
         process = self.start_km("t", "--rm")
         wait_for(lambda: f"{IMAGE} 2" in self.utm.names())
         process.send_signal(signal.SIGINT)
-        self.assert_says(self.ended(process), 130, "UTM goes on cloning", "to km-t; to delete it: kodemachine delete t")
+        self.assert_says(self.ended(process), 130, "UTM goes on cloning",
+                         "to km-t; once it is there, delete it: kodemachine delete t")
         wait_for(lambda: "km-t" in self.utm.names())
         self.assert_says(self.km("delete", "t"), 0, "t deleted")
 
@@ -6835,7 +6960,7 @@ class FirstBootTest(FleetCase):
         self.vm("old")
         self.assert_says(self.km("start", "-d", "old"), 0)
         self.assertEqual(self.sent(), 0)
-        for options, times, state in ((["--disposable"], 1, "pending"), ([], 2, "done"), ([], 2, "done")):
+        for options, times, state in ((["--disposable"], 1, "ran"), ([], 2, "done"), ([], 2, "done")):
             self.assert_says(self.km("start", "-d", "a", *options), 0)
             self.assertEqual((self.sent(), self.record("a")["first_boot"]), (times, state))
             self.km("stop", "a")
@@ -6868,15 +6993,27 @@ class FirstBootTest(FleetCase):
         self.assert_says(self.km("start", "-d", "a"), 2, self.script, "config set first_boot")
         self.assertEqual((self.utm.names(), self.asked("clone")), ([IMAGE], []))
 
-    def test_ctrl_c_ends_it_and_it_is_run_again(self) -> None:
+    def test_a_disposable_boot_runs_it_once(self) -> None:
+        self.with_fake_ssh()
+        for sent in (1, 1):
+            self.assert_says(self.km("start", "-d", "a", "--disposable"), 0)
+            self.assertEqual(self.sent(), sent)
+        self.assert_says(self.km("stop", "a"), 0)
+        self.assert_says(self.km("clone", "a", "b"), 0)
+        self.assertEqual([self.record(label)["first_boot"] for label in "ab"], ["pending", "pending"])
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        self.assertEqual((self.sent(), self.record("a")["first_boot"]), (2, "done"))
+
+    def test_the_keys_that_end_a_program_end_it_and_it_is_run_again(self) -> None:
         self.with_sshd(first_boot=self.script)
         self.write_script("#!/bin/sh", "echo ready", "exec sleep 30")
-        terminal = self.screen("a", TERM="xterm")
-        terminal.expect(b"ready")
-        terminal.send(b"\x03")
-        self.assertEqual(terminal.wait(), 130)
-        self.assertEqual(terminal.attributes(), terminal.before)
-        self.assertEqual(self.record("a")["first_boot"], "pending")
+        for key, code in ((b"\x03", 130), (b"\x1c", 131)):
+            terminal = self.screen("a", TERM="xterm")
+            terminal.expect(b"ready")
+            terminal.send(key)
+            self.assertEqual(terminal.wait(), code)
+            self.assertEqual(terminal.attributes(), terminal.before)
+            self.assertEqual(self.record("a")["first_boot"], "pending")
 
     def test_a_signal_ends_it_and_it_is_run_again(self) -> None:
         self.with_sshd(first_boot=self.script)
@@ -7295,7 +7432,7 @@ class FirstScreenTest(FleetCase):
         asked = len(self.utm.calls())
         with open(self.config(), "w", encoding="utf-8") as file:
             file.write("{")
-        self.assertRegex(said(), "the machines are not shown: " + re.escape(file.name) + ":1:2: .*The file must be one JSON")
+        self.assertRegex(said(), f"the machines are not shown: {re.escape(file.name)}:1:2: .*The file must be one JSON")
         self.config(utmctl="/nonexistent")
         self.assertEqual(said(), away.format("there is no utmctl at /nonexistent"))
         self.assertEqual(len(self.utm.calls()), asked)
@@ -7586,7 +7723,13 @@ class BaseTest(FleetCase):
         self.assert_says(self.km("base", "use", "v0.1.0"), 0, "new machines come from kodeimage-v0.1.0")
         self.image("kodeimage-v0.3.0", status="started")
         self.assert_says(self.km("start", "-d", "a", "--base", "v0.3.0"), 4, "the image kodeimage-v0.3.0 is started")
-        self.assert_says(self.km("purge", "--image", "v0.1.0"), 0, "nothing to purge")
+        self.assert_says(self.km("config", "set", "base_image", "v0.2.0"), 0)
+        self.image("v1.0.0")
+        self.vm("a")
+        self.remember(a={"image": {"name": "kodeimage-v0.1.0", "uuid": "-"}})
+        self.assert_says(self.km("base", "use", "v1.0.0"), 0, "new machines come from v1.0.0")
+        self.assert_says(self.km("start", "-d", "a", "--base", "v0.3.0"), 4, "km-a was cloned from kodeimage-v0.1.0")
+        self.assert_says(self.km("purge", "--image", "v0.1.0", "-n"), 0, "1 would be deleted")
 
     def test_an_image_configured_by_its_uuid_is_one(self) -> None:
         uuid = self.utm.add("Plain")
@@ -8358,7 +8501,14 @@ class MistakesTest(Case):
             (["reboot", "alpha"], 2, "there is no command reboot; did you mean 'stop'?", "kodemachine stop alpha"),
             (["ps"], 2, "there is no machine ps; did you mean 'list'?", "kodemachine start ps"),
             (["frob", "alpha"], 2, "frob is no command, and a label stands alone", "kodemachine start -d frob alpha"),
-            (["alpha", "stop"], 2, "the command comes before the label", "kodemachine stop alpha"),
+            (["alpha", "stop"], 2, "the command comes before the label", "kodemachine stop alpha; or, to run"),
+            (["alpha", "status"], 2, "the command comes before the label", "kodemachine status alpha"),
+            (["login", "alpha", "make", "x"], 2, "there is no command login", "kodemachine ssh alpha -- make x"),
+            (["up", "web", "db"], 2, "there is no command up; did you mean 'start'?", "See: kodemachine help start"),
+            (["version", "alpha"], 2, "did you mean '--version'?", "kodemachine --version"),
+            (["-a", "ls"], 2, "-a stands behind the command", "kodemachine list -a"),
+            (["--check", "base", "seal", "alpha"], 2, "--check stands behind", "kodemachine base seal --check"),
+            (["config", "path", "x"], 2, "config path takes nothing more", ""),
             (["alpha", "ls"], 2, "a label stands alone", "kodemachine alpha -- ls\n"),
             (["lst", "alpha"], 2, "there is no command lst; did you mean 'list'?", "See: kodemachine help list"),
             (["list", "-q", "--json"], 2, "one of -q, --json and --format", ""),
@@ -9145,7 +9295,8 @@ MEMORY = "/dev/shm"  # where Linux keeps files in memory
 
 def settle_down() -> None:
     """Makes the tests independent of where they are run from, and quicker where that can be."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # else the children of a background job ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # else the children of a background job ignore them
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         volume = os.statvfs(MEMORY)
         roomy = volume.f_bavail * volume.f_frsize > 2 << 30 and not volume.f_flag & os.ST_NOEXEC
