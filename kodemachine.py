@@ -795,8 +795,7 @@ class State:
         try:
             self._take_lock(handle, what or name, limit if wait else 0.0)
             with contextlib.suppress(OSError):      # a full disk: the pid is only for people, and purge must work
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+                os.pwrite(handle, f"{os.getpid():<19}\n".encode(), 0)       # over the last owner's
             yield
         finally:
             os.close(handle)
@@ -876,11 +875,12 @@ class State:
 
     def pin(self, name: str, keys: Sequence[str]) -> None:
         """Makes `keys` (validated) the only known ones of `name`."""
+        wanted = [f"{name} {key}" for key in keys]
+        if [line for line in self._known_lines() if line.startswith(name + " ")] == wanted:
+            return                      # as at every reconnect, which need not wait for a lock
         with self.lock("records", 30, what="its records"):
-            old = self._known_lines()
-            lines = [line for line in old if line.split(" ")[0] != name] + [f"{name} {key}" for key in keys]
-            if lines != old:
-                write_file(self.known_hosts, "".join(line + "\n" for line in lines))
+            others = [line for line in self._known_lines() if not line.startswith(name + " ")]
+            write_file(self.known_hosts, "".join(line + "\n" for line in others + wanted))
 
     def pinned(self, name: str) -> list[str]:
         """The keys that the known-hosts file has for `name`: ours, or one that ssh itself has learned."""
