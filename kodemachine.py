@@ -312,6 +312,8 @@ class Notes:
 
 def printable(text: str) -> str:
     """`text` without what a terminal would obey: names and errors may come from a hostile guest."""
+    if text.replace("\n", "").isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -1294,10 +1296,11 @@ class Utmctl:
             while waiting and len(active) < WIDTH * 4:
                 i, words = waiting.pop(0)
                 active[i] = self.begin(*words, limit=limit)
-            handles = [fd for call in active.values() for fd in call.handles]
-            select.select(handles, [], [], 0.2 if len(handles) >= 2 * len(active) else 0.005)
-            for i, call in list(active.items()):
-                reply = self.finish(call, 0)
+            owners = {fd: i for i, call in active.items() for fd in call.handles}
+            ending = len(owners) < 2 * len(active)      # one has closed its streams, and will be gone at once
+            ready = select.select(list(owners), [], [], 0.005 if ending else 0.2)[0]
+            for i in {owners[fd] for fd in ready} if ready and not ending else list(active):
+                reply = self.finish(active[i], 0)
                 if reply:
                     replies[i] = reply
                     del active[i]
