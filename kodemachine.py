@@ -2104,9 +2104,10 @@ class Cloner:
             rows = self._utm.rows()
             new = [row for row in rows if row.uuid not in found["listed"]]
             named = [row for row in new if row.name == name]
-            # Without its base beside it, what bears the base's name may as well be the base, made anew by somebody.
-            half = [row for row in new if half_name.fullmatch(row.name)] \
-                if not named and found["base_uuid"] in {"", *(row.uuid for row in rows)} else []
+            # Without its base beside it, what bears the base's very name is the base, made anew by somebody.
+            orphaned = found["base_uuid"] not in {"", *(row.uuid for row in rows)}
+            half = [] if named else [row for row in new if half_name.fullmatch(row.name)
+                                     and not (orphaned and row.name == found["base"])]
             if seen != (new, ended):
                 seen, since = (new, ended), time.monotonic()
             settled = time.monotonic() - since >= UNCHANGED
@@ -2116,7 +2117,7 @@ class Cloner:
                 which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
                 raise WrongState(f"more than one machine may be the new {name}: {which}",
                                  f"Name one of them {name} in UTM, and delete or rename the others.")
-            if ended and settled and half and not limit:
+            if ended and settled and half and (orphaned or not limit):
                 raise WrongState(f"{half[0].name} ({half[0].uuid}) may be what an earlier run began to clone to {name}",
                                  f"If so, rename it to {name} in UTM; if not, give it another name.")
             if ended and settled and half and half[0].power is Power.STOPPED:
@@ -2280,9 +2281,9 @@ def image_of(record: dict[str, Any]) -> dict[str, Any]:
     return image if isinstance(image, dict) else {}
 
 
-def is_called(image: dict[str, Any], wanted: str) -> bool:
-    """Whether a recorded image is the one that is meant by its name, its version, or its UUID."""
-    return image.get("name") in (wanted, "kodeimage-" + wanted) or image.get("uuid") == wanted.upper()
+def whole_name(image: str) -> str:
+    """The name of the image that is meant by `v0.2.0`; any other as it is."""
+    return "kodeimage-" + image if IMAGE.fullmatch("kodeimage-" + image) else image
 
 
 def without_trace(record: dict[str, Any]) -> dict[str, str | None]:
@@ -2302,6 +2303,7 @@ class Manager:
         self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
         self.handoff = Handoff(settings, state, words)
         self._turn = threading.Lock()
+        self._waiting_since: float | None = None        # for another kodemachine to be done with the fleet
 
     # -- names
 
@@ -2387,10 +2389,15 @@ class Manager:
     def fleet(self) -> Iterator[None]:
         """Holds the fleet's lock: for clone, rename, configuration and delete.
 
-        Our own threads take turns before it, so that only the time that others take counts as waiting.
+        Our own threads take turns before it, so that only the time that others take counts as waiting; and that is
+        counted once for all of them.
         """
-        with self._turn, self.state.lock("fleet", self.settings.lock_limit, what="the fleet"):
-            yield
+        with self._turn:
+            self._waiting_since = self._waiting_since or time.monotonic()
+            left = self._waiting_since + self.settings.lock_limit - time.monotonic()
+            with self.state.lock("fleet", max(1.0, left), what="the fleet"):
+                self._waiting_since = None
+                yield
 
     def record_of(self, uuid: str) -> dict[str, Any]:
         """What is known of a machine."""
@@ -2476,10 +2483,10 @@ class Manager:
             found = intent.load()
             if found and found["base_uuid"] != vm.uuid:
                 rows = self.utm.rows()
+                # That which is gone is cloned no more; what may have come of it, `finish` sees.
                 if intent.call_alive() or self.row_of(rows, new) or found["base_uuid"] in {row.uuid for row in rows}:
                     raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
                                      f"To complete that: {self.to_complete(name, found)}")
-                intent.remove()         # of a machine that is gone nothing will come any more
             row = self.cloner.finish(name)
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
@@ -2515,7 +2522,8 @@ class Manager:
             raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself",
                              f"To replace it: kodemachine delete {label}, then the same command")
         image = image_of(record)
-        if wishes.base and not is_called(image, wishes.base):
+        if wishes.base and image.get("name") not in (wishes.base, whole_name(wishes.base)) \
+                and wishes.base.upper() != image.get("uuid"):
             raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
         # By a run that was cut off.
         unstarted = record.get("new") and row.power is Power.STOPPED and not record.get("saved")
@@ -2544,7 +2552,7 @@ class Manager:
             raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
                            "(README: The golden image).")
         found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()] or \
-            [row for row in rows if row.name == "kodeimage-" + wanted]
+            [row for row in rows if row.name == whole_name(wanted)]
         if not found:
             raise NotFound(f"there is no image {wanted}", f"Images: {names}. Choose one with --base, or: "
                            "kodemachine config set base_image NAME")
@@ -3745,7 +3753,7 @@ class Doctor:
             base, _, number = row.name.rpartition(" ")
             if base in bases and number.isdigit() and not self._state.locked("fleet"):
                 yield (WARNING, f"{row.name} ({row.uuid}) is what a clone leaves that was cut off",
-                       "Run that command again, which completes it, or delete it in UTM if it is none of yours.")
+                       "Run that command again, which completes it or says what to do; or delete it in UTM.")
 
     # -- this computer
 
@@ -3772,7 +3780,7 @@ class Doctor:
         vanished = [uuid for uuid in state.records() if uuid not in listed]
         if state.trouble:
             yield (ERROR, state.trouble, "Move it away: the machines stay, only what is known of them is lost.")
-        if vanished:
+        if vanished and listed:
             yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
         for name in state.intents():
             intent = Intent(state, name)
@@ -5013,16 +5021,18 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
     """The machines that match the filters, and the exit status so far: not 0 if one had to be left."""
     manager, out = ctx.manager, ctx.out
     records = manager.state.records()
+    origins = {image_of(record).get("name") for record in records.values()}
+    image = opts.image if opts.image is None or opts.image in origins else whole_name(opts.image)
     rows, unknown, running, status = [], 0, 0, 0
     listed = manager.utm.rows()
     names = [row.name for row in listed]
     for row in manager.clones(listed):
         record = records.get(row.uuid, {})
         origin, age = image_of(record).get("name"), age_of(record.get("created"))
-        if (opts.older_than is not None and age is None) or (opts.image is not None and origin is None):
+        if (opts.older_than is not None and age is None) or (image is not None and origin is None):
             unknown += 1
         elif (opts.older_than is not None and age is not None and age < opts.older_than) \
-                or (opts.image is not None and not is_called(image_of(record), opts.image)):
+                or image not in (None, origin):
             continue
         elif names.count(row.name) > 1:
             out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
@@ -5037,7 +5047,7 @@ def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
             status = WrongState.status
         else:
             running += 1
-    if opts.image is not None and not any(is_called(image_of(record), opts.image) for record in records.values()):
+    if image not in (None, *origins):
         out.note(f"no machine is known to come from an image {opts.image}")
     if running and not rows:
         out.note(f"{running} left: running or paused (--all takes those, too)")

@@ -2656,6 +2656,29 @@ class StateTest(unittest.TestCase):
             thread.join()
         self.assertTrue(done.is_set())
 
+    def test_they_wait_for_another_kodemachine_only_once(self) -> None:
+        settings = kodemachine.Settings(clone_timeout=100, boot_timeout=50)
+        manager = kodemachine.Manager(settings, mock.Mock(), self.state)
+        limits: list[float] = []
+
+        @contextlib.contextmanager
+        def lock(_name: str, limit: float, **_words: Any) -> Iterator[None]:
+            limits.append(limit)
+            if len(limits) < 3:
+                assert manager._waiting_since
+                manager._waiting_since -= limit         # the time passes
+                raise kodemachine.TimedOut("the fleet is in use")
+            yield
+
+        with mock.patch.object(self.state, "lock", lock):
+            for _ in range(2):
+                with self.assertRaises(kodemachine.TimedOut), manager.fleet():
+                    pass
+            for _ in range(2):
+                with manager.fleet():
+                    pass
+        self.assertEqual([round(limit) for limit in limits], [150, 1, 1, 150])
+
     def test_a_record_of_nothing_is_none(self) -> None:
         self.state.record(UUID_A, saved=None)
         self.assertEqual((self.state.records(), os.listdir(self.folder)), ({}, ["locks"]))
@@ -3536,6 +3559,18 @@ class CrashTest(SpawnCase):
         self.spawn()
         self.assertEqual(self.utm.machine(image)["name"], "kodeimage-v0.2.0")
         self.assertEqual(self.utm.machine("km-alpha")["copied_from"], image)
+
+    def test_half_a_clone_of_an_image_that_is_gone_is_named(self) -> None:
+        self.utm.fault("clone", partial="no-rename", kill_parent="after")
+        self.assertEqual(self.km("start", "-d", "alpha").code, -signal.SIGKILL)
+        self.utm.clear_faults()
+        self.remove("kodeimage-v0.2.0")
+        self.image("kodeimage-v0.3.0")
+        self.assertRegex(self.spawn(code=4).err, "kodeimage-v0.2.0 2 .* may be what an earlier run began to clone")
+        self.assertEqual(self.utm.names(), ["kodeimage-v0.2.0 2", "kodeimage-v0.3.0"])
+        self.utm.change("kodeimage-v0.2.0 2", name="km-alpha")
+        self.spawn()
+        self.assertEqual(self.utm.names(), ["km-alpha", "kodeimage-v0.3.0"])
 
     def test_a_copy_made_by_hand_long_after_is_left_to_the_person(self) -> None:
         self.cut_off("start", "-d", "alpha")
@@ -5919,6 +5954,15 @@ class PurgeTest(FleetCase):
     """purge: many at once, without fear."""
 
     KEPT = ("kodeimage-v0.2.0", "Windows", "km-km-z", "km-Foo", "KM-a")
+
+    def test_an_image_is_its_whole_name_or_a_version(self) -> None:
+        for label, image in (("a", "debian"), ("b", "kodeimage-debian"), ("c", "kodeimage-v0.1.0"), ("d", "v0.2.0"),
+                             ("e", "kodeimage-v0.2.0")):  # fmt: skip
+            self.vm(label)
+            self.remember(**{label: {"image": {"name": image, "uuid": "-"}}})
+        for image, labels in (("debian", "a"), ("v0.1.0", "c"), ("v0.2.0", "d")):
+            self.assert_says(self.km("purge", "-y", "--image", image), 0, f"{labels} deleted")
+        self.assertEqual(self.utm.names(), ["km-b", "km-e"])
 
     def test_while_utm_shows_no_machines_nothing_is_forgotten(self) -> None:
         self.vm("a")
