@@ -2525,7 +2525,7 @@ class Manager:
         if wishes.base and image.get("name") not in (wishes.base, whole_name(wishes.base)) \
                 and wishes.base.upper() != image.get("uuid"):
             raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
-        # By a run that was cut off.
+        # Made by a run that was cut off before its first start.
         unstarted = record.get("new") and row.power is Power.STOPPED and not record.get("saved")
         if (wishes.cpus or wishes.memory) and not unstarted:
             raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
@@ -4424,10 +4424,13 @@ def no_command(word: str, *words: str) -> UsageError:
     if takes_label(words[0]):
         return UsageError("the command comes before the label", f"kodemachine {words[0]} {word}; or, {inside}")
     if near:
-        if words[1:] and near in ("ssh", "exec"):
-            others = f"{words[0]} -- {' '.join(words[1:])}"
-        hint = f"kodemachine {near} {others}" if takes_label(near) and not (words[1:] and near == "start") else \
-            f"See: kodemachine help {near}" if near in all_names() else f"kodemachine {near}"
+        hint = f"See: kodemachine help {near}"
+        if near not in all_names():             # --version
+            hint = f"kodemachine {near}"
+        elif words[1:] and near in ("ssh", "exec"):
+            hint = f"kodemachine {near} {words[0]} -- {' '.join(words[1:])}"
+        elif takes_label(near) and not (words[1:] and near == "start"):     # whose further words may mean two things
+            hint = f"kodemachine {near} {others}"
         return UsageError(f"there is no command {word}; did you mean {near!r}?", hint)
     several = f"; to start several: kodemachine start -d {word} {others}" if RESERVED.isdisjoint(words) else ""
     return UsageError(f"{word} is no command, and a label stands alone",
@@ -4439,7 +4442,7 @@ def no_command(word: str, *words: str) -> UsageError:
          option("--rm", action="store_true", help="delete the new machine when its session ends"),
          option("--fresh", action="store_true", help="delete an existing machine first"), YES,
          option("--disposable", action="store_true", help="drop all writes at power-off"),
-         option("--base", metavar="IMAGE", help="clone this image"),
+         option("--base", metavar="IMAGE", help="clone this image (a name, a version, or a UUID)"),
          option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),

@@ -6784,6 +6784,14 @@ class DoctorTest(FleetCase):
             network="warning: no ssh server answers at 192.168.64.3 .*attach",
         )  # fmt: skip
 
+    def test_while_utm_shows_no_machines_none_is_said_to_be_gone(self) -> None:
+        self.config(**self.settings)
+        self.vm("a")
+        self.remember(a={"saved": True, "name": "km-a"})
+        self.utm.option(ready_in=3600)
+        self.assertNotIn("remembered", self.km("doctor").out)
+        self.assertEqual(self.records()[self.utm.machine("km-a")["uuid"]]["saved"], True)
+
     def test_what_is_under_way_is_no_leftover(self) -> None:
         self.healthy()
         self.utm.add(IMAGE + " 2")
