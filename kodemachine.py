@@ -51,9 +51,9 @@ __version__ = "0.1.0"
 # ---- constants
 
 # Seconds that one call may take before it is ended (contract 10). The state is read afterwards in any case,
-# so a limit only bounds how long we listen. `clone` and `exec` are bounded by their callers.
-LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "attach": 20.0, "start": 30.0, "stop": 30.0,
-          "suspend": 60.0, "delete": 120.0, "exec": 60.0, "osascript": 60.0}
+# so a limit only bounds how long we listen. `clone` is bounded by its callers.
+LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "start": 30.0, "stop": 30.0,
+          "suspend": 60.0, "delete": 120.0, "osascript": 60.0, "ssh": 10.0}
 LOOK_LIMIT = 65.0       # for a clean list, all its repetitions together
 WARM_UP = 10.0          # an empty list is not believed before: UTM loads its machines with its window (contract 4)
 SETTLE = 10.0           # after a call that failed at once, until "nothing has changed" is believed
@@ -72,10 +72,14 @@ SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk i
 DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
 UNFINISHED = "unfinished-"      # before the name of an image that is being made: no image's name, and no clone's
 SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
+FDPASS_LIMIT = 10.0     # for ssh to take the socket that it is handed
 GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
 WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
 EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
-MAX_ANSWER = EXEC_OUTPUT * 2    # bytes that we keep of any stream
+EXEC_INPUT = 256 << 10  # bytes of input that a guest command takes: macOS limits all arguments of osascript to 1 MiB
+EXEC_PIECE = 96 << 10   # characters of that input in one argument: Linux, where the tests run, takes at most 128 KiB
+MAX_ANSWER = EXEC_OUTPUT * 4    # bytes that we keep of any stream: both of a guest's, in base64
+WHOLE = 0.9             # of the base's allocated size: a smaller drive was not copied to its end (contract 10.13)
 
 DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
 UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
@@ -88,12 +92,13 @@ ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
 MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
 EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
 OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
-SCRIPT_ERROR = re.compile(r"\((-\d+)\)\s*$")
+SCRIPT_ERROR = re.compile(r"(?:\d+:\d+: \S+ error: )?(?:UTM got an error: )?(.*) \((-\d+)\)")
 HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
 
 UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
 CURL = ("-fsSL", "--connect-timeout", "30", "--speed-limit", "1000", "--speed-time", "60")
-PROGRAMS = ("osascript", "curl", "hdiutil", "xorriso", "genisoimage", "qemu-img", "sysctl")    # beside utmctl's verbs
+# What is called beside utmctl.
+PROGRAMS = ("osascript", "curl", "hdiutil", "xorriso", "genisoimage", "qemu-img", "sysctl", "ssh")
 
 # Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
 RESERVED = frozenset({
@@ -117,6 +122,7 @@ RUN_AGAIN = "the same command, run again, takes it from there"
 MORE_TIME = "allow more time: --timeout of start and ssh, or boot_timeout in the configuration"
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
+LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: kodemachine list -a"
 MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
                "network address of its own from the start.")
 
@@ -208,30 +214,34 @@ class Outcome(enum.Enum):
     FAILED = "failed"           # -2700 and the like: UTM says why
     MISSING = "not found"       # or not allowed, or not ready: utmctl silences the reason (contract 0)
     NO_APP = "no application"
-    USAGE = "usage"             # a utmctl too old for that
+    USAGE = "usage"             # a utmctl that does not know that command
     CRASHED = "crashed"
     HUNG = "hung"
     ENDED = "ended"             # by us: its answer was not wanted any more
 
 
 class Reply(NamedTuple):
-    """The answer to one call; `numbers` of all Apple Event errors on stderr, in order, and `raw`, both streams."""
+    """The answer to one call; `numbers` of all Apple Event errors on stderr, in order."""
 
+    verb: str
     outcome: Outcome
     code: int
     out: str
     err: str
     numbers: tuple[int, ...]
     seconds: float
-    raw: tuple[bytes, bytes] = (b"", b"")
 
     @property
     def sentence(self) -> str:
-        """UTM's own words: what stands on stderr and is not utmctl's; without any, the error's number."""
+        """UTM's own words, from stderr, or utmctl's about a usage error; without any, the error's number."""
         own = ("Error from event: ", "NOTE: ", "WARNING: ")
         lines = [line.strip() for line in self.err.splitlines() if line.strip() and not line.startswith(own)]
-        number = f"error {self.numbers[-1]}" if any(self.numbers) else ""
-        return lines[-1].removeprefix("Error: ") if lines else number
+        if self.outcome is Outcome.USAGE:
+            lines = [line for line in lines if line.startswith("Error: ")]      # its usage and a hint follow
+        if not lines:
+            return f"error {self.numbers[-1]}" if any(self.numbers) else ""
+        script = SCRIPT_ERROR.fullmatch(lines[-1]) if self.verb == "osascript" else None
+        return script.group(1) if script else lines[-1].removeprefix("Error: ")
 
 
 class Row(NamedTuple):
@@ -243,11 +253,36 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The rows of one list. `whole`: nothing was amiss. `named`: all UUIDs and names are known, if not all states."""
+    """The rows of one list. `whole`: nothing was amiss. `named`: all UUIDs and names are known, if not all states.
+    `broken`: the first row that cannot be read, if there is one."""
 
     rows: list[Row]
     whole: bool
     named: bool
+    broken: str
+
+
+class Rows(list[Row]):
+    """The machines of a list. Where a row is `broken`, nothing can be concluded from the absence of a machine."""
+
+    def __init__(self, rows: Iterable[Row], broken: str = "") -> None:
+        super().__init__(rows)
+        self.broken = broken
+
+    def must_be_complete(self) -> None:
+        """Raises KodeError if a row cannot be read: a machine that is not shown may be there all the same."""
+        if self.broken:
+            raise KodeError("UTM's list has a row that cannot be read, so it does not show whether a machine is there: "
+                            + repr(self.broken), LINE_BREAK)
+
+
+class Hardware(NamedTuple):
+    """What UTM's configuration has of one machine: MAC addresses (`?` where UTM reports none), and the allocated MiB
+    of each drive that is not removable, rounded down. `known`: UTM has reported them."""
+
+    macs: list[str]
+    drives: list[int]
+    known: bool = True
 
 
 class Disk(NamedTuple):
@@ -333,18 +368,19 @@ def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
     """The outcome of a call to utmctl or one of PROGRAMS that has ended by itself, by its numbers.
 
     With --hide an error of its own may precede a success (contract 4), so the last number counts; a refusal
-    counts wherever it stands. The status of `exec` is the guest's, if no event failed.
+    counts wherever it stands.
     """
     if verb in PROGRAMS:
-        match = SCRIPT_ERROR.search(err.strip()) if verb == "osascript" else None
         if code == 0:
             return Outcome.DONE, ()
-        number = int(match.group(1)) if match else 0
+        lines = err.strip().splitlines()[-1:] if verb == "osascript" else []
+        match = SCRIPT_ERROR.fullmatch(lines[0].strip()) if lines else None
+        number = int(match.group(2)) if match else 0
         return (Outcome.CRASHED if code < 0 else outcome_of(number) if number else Outcome.FAILED), (number,)
     numbers = event_numbers(err)
     if -1743 in numbers:
         return Outcome.REFUSED, numbers
-    if code < 0 or (verb != "exec" and code in (128 + signal.SIGTRAP, 128 + signal.SIGABRT)):
+    if code < 0 or code in (128 + signal.SIGTRAP, 128 + signal.SIGABRT):
         return Outcome.CRASHED, numbers
     if numbers:
         return outcome_of(numbers[-1]), numbers
@@ -354,7 +390,7 @@ def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
         return Outcome.NO_APP, numbers
     if code == 1 and err.rstrip() == "Error: Virtual machine not found.":
         return Outcome.MISSING, numbers
-    return (Outcome.DONE if code == 0 or verb == "exec" else Outcome.FAILED), numbers
+    return (Outcome.DONE if code == 0 else Outcome.FAILED), numbers
 
 
 def was_not_heard(reply: Reply) -> bool:
@@ -363,25 +399,37 @@ def was_not_heard(reply: Reply) -> bool:
         (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
 
 
-def parse_list(out: str) -> tuple[list[Row], bool]:
-    """The rows of `utmctl list`, cut by columns (contract 1.2), and whether every line was one."""
+def parse_list(out: str) -> tuple[list[Row], str, bool]:
+    """The rows of `utmctl list`, cut by columns (contract 1.2); the first line that is not a row, and whether the
+    header and the UUIDs are as they should be.
+
+    A line that is not a row, and not the blank one of a machine that has just gone, is the rest of the name before it:
+    so that name, too, cannot be read.
+    """
     header, *lines = out.removesuffix("\n").split("\n")       # a name may contain what else splitlines() splits at
-    rows, sound = [], header == LIST_HEADER
+    rows: list[Row] = []
+    broken = ""
     for line in lines:
         if UUID.fullmatch(line[:36]) and line[36:37] == line[45:46] == " " and line[46:]:
             rows.append(Row(line[:36], Power(line[37:45].rstrip()), line[46:]))
+        elif rows and not line.startswith(" " * 36):
+            cut_name = rows.pop()
+            broken = broken or f"{cut_name.uuid} {cut_name.power.value} {cut_name.name}"
         else:
-            sound = False
-    return rows, sound and len({row.uuid for row in rows}) == len(rows)
+            broken = broken or line.strip() or "a row without a name"
+    return rows, broken, header == LIST_HEADER and len({row.uuid for row in rows}) == len(rows)
 
 
 def judge_list(reply: Reply) -> Listing:
-    """How far a list can be believed. Each unknown state accounts for one error; any other error spoils it."""
-    rows, sound = parse_list(reply.out)
+    """How far a list can be believed. Each unknown state accounts for one error, and each blank row, of a machine that
+    has just gone, for three; any other error spoils it."""
+    rows, broken, sound = parse_list(reply.out)
     unknown = sum(row.power is Power.UNKNOWN for row in rows)
-    whole = sound and not unknown and reply.outcome is Outcome.DONE
+    blank = sum(line.startswith(" " * 36) for line in reply.out.splitlines())
+    whole = sound and not broken and not unknown and reply.outcome is Outcome.DONE
     ended = reply.outcome not in (Outcome.HUNG, Outcome.CRASHED)
-    return Listing(rows, whole, whole or (sound and ended and bool(rows) and len(reply.numbers) <= unknown))
+    readable = sound and ended and bool(rows or broken) and len(reply.numbers) <= unknown + 3 * blank
+    return Listing(rows, whole, whole or (readable and not broken), broken if readable else "")
 
 
 def address_rank(address: str) -> int:
@@ -405,14 +453,34 @@ def parse_addresses(out: str) -> list[str]:
     return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
 
 
-def parse_macs(out: str) -> dict[str, list[str]]:
-    """The network addresses that ADDRESSES tells, by UUID; `?` where UTM does not tell one."""
-    found: dict[str, list[str]] = {}
-    for uuid, mac in re.findall(r"^(\S{36}) (\S+)$", out, re.MULTILINE):
-        macs = found.setdefault(uuid, [])
-        if mac != "-":
-            macs.append(mac.upper() if MAC.fullmatch(mac) else "?")
+def parse_hardware(out: str) -> dict[str, Hardware]:
+    """What HARDWARE reports, by UUID."""
+    found: dict[str, Hardware] = {}
+    for uuid, key, value in re.findall(r"^(\S{36}) (\S+) ?(.*)$", out, re.MULTILINE):
+        if key == "unknown":
+            found[uuid] = Hardware(["?"], [], known=False)
+            continue
+        hardware = found.setdefault(uuid, Hardware([], []))
+        if key == "mac":
+            hardware.macs.append(value.upper() if MAC.fullmatch(value) else "?")
+        elif key == "drive" and re.fullmatch(r"\d{1,12}", value):
+            hardware.drives.append(int(value))
     return found
+
+
+def missing_part(copy: Hardware, base: Hardware | None) -> str:
+    """What a copy lacks of its base, in words; nothing if it is whole (contract 10.13).
+
+    With a base that is gone, a copy cannot be compared: then it must only have something on a drive.
+    """
+    if base is None:
+        return "" if any(copy.drives) else "its drives are empty"
+    if len(copy.drives) < len(base.drives):
+        return f"it has {len(copy.drives)} of {len(base.drives)} drives"
+    for size, whole in zip(copy.drives, base.drives):
+        if size < whole * WHOLE:
+            return f"a drive has {size} of {whole} MiB"
+    return ""
 
 
 def parse_host_keys(lines: Sequence[str]) -> list[str]:
@@ -546,6 +614,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     lines = ("  ".join(cell + " " * (room - cells(cell)) for cell, room in zip(line, widths)).rstrip()
              for line in zip(*columns))
     return "\n".join(lines if width is None else (cut(line, width) for line in lines))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line was valid UTF-8. Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def iso_time(when: float) -> str:
@@ -761,11 +838,10 @@ class Call:
         for pipe in self._pipes:
             pipe.close()
         code = self._child.returncode
-        raw_out, raw_err = map(bytes, self._read.values())
-        out, err = raw_out.decode("utf-8", "replace"), raw_err.decode("utf-8", "replace")
+        out, err = (data.decode("utf-8", "replace") for data in self._read.values())
         outcome, numbers = classify(self.verb, code, err)
         seconds = time.monotonic() - self._began
-        self.reply = Reply(cut_off or outcome, code, out, err, numbers, seconds, (raw_out, raw_err))
+        self.reply = Reply(self.verb, cut_off or outcome, code, out, err, numbers, seconds)
 
 
 # ---- state: what kodemachine remembers; losing it loses no machine
@@ -920,10 +996,14 @@ class Intent:
         """Writes the intent, and returns it with the locked handle that the call inherits."""
         intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows],
                   "inherits": inherits}
-        write_file(self._path, json.dumps(intent) + "\n")
+        self.rewrite(intent)
         handle = os.open(self._path, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)
         return intent, handle
+
+    def rewrite(self, intent: dict[str, Any]) -> None:
+        """Replaces what it says."""
+        write_file(self._path, json.dumps(intent) + "\n")
 
     def call_alive(self) -> bool:
         """Whether the call of an earlier run is still under way."""
@@ -1094,53 +1174,142 @@ class Config:
 
 # ---- the choke point: utmctl, osascript, and what an image is made with
 
-# The scripts for osascript (contract 7). They read the configuration, change it in place and send the whole
-# record back, because UTM removes the elements of a list that a record does not name.
-ADDRESSES = """\
--- kodemachine: addresses
+# The scripts for osascript (contract 7). The first line is only a name, for people and for -v. A configuration is
+# read, changed in place and sent back as a whole, because UTM removes the elements of a list that a record does not
+# name. Terms that are traps:
+# - `serial ports of` a record is taken for the class of a machine's elements, and fails (-1728). The property of a
+#   record is written by its code: «class SrPt». Only of a machine that runs are they what can be attached to.
+# - `displays of (configuration of vm)` in one expression fails (-1728): first the record, then its list.
+# - `icon` of a record that is sent back must be the name of a built-in one. UTM passes over an empty text.
+# - `removable:true` with a source makes a USB CD-ROM, which cloud images for ARM often do not see.
+# - `POSIX file` inside the `tell` block is asked of UTM, and fails (-1728).
+# - `output text` and `output data` are missing where a command has printed nothing.
+
+# Network addresses and drives of all machines: one event for the list, two for each machine.
+# Dictionary: `id`, `configuration`, `network interfaces`, `address`, `drives`, `removable`, `host size` (contract
+# 10.13).
+HARDWARE = """\
+-- kodemachine: hardware
 on run argv
   tell application "UTM"
     set report to ""
     repeat with vm in (get virtual machines)
+      set uuid to ""
       try
-        set report to report & id of vm & " -\\n"
+        set uuid to id of vm
+        set part to uuid & " machine" & linefeed
         set config to configuration of vm
         set nics to network interfaces of config
         repeat with nic in nics
-          set report to report & id of vm & " " & address of nic & "\\n"
+          set part to part & uuid & " mac " & address of nic & linefeed
+        end repeat
+        set disks to drives of config
+        repeat with one_disk in disks
+          if not removable of one_disk then
+            set part to part & uuid & " drive " & host size of one_disk & linefeed
+          end if
         end repeat
       on error
-        set report to report & id of vm & " ?\\n"
+        set part to uuid & " unknown" & linefeed
       end try
+      set report to report & part
     end repeat
     return report
   end tell
 end run
 """
+# Dictionary: `backend` and its constant `qemu`, `displays`, `serial ports` (SrPt), `interface` and its constants
+# `ptty` and `tcp` (contract 7, 8).
 DEVICES = """\
 -- kodemachine: devices
 on run argv
   tell application "UTM"
     set vm to virtual machine id (item 1 of argv)
-    set report to "backend other\\n"
-    if backend of vm is qemu then set report to "backend qemu\\n"
+    set report to "backend other" & linefeed
+    if backend of vm is qemu then set report to "backend qemu" & linefeed
     set config to configuration of vm
     set screens to displays of config
-    set report to report & "displays " & (count of screens) & "\\n"
-    set wires to serial ports of config
+    set report to report & "displays " & (count of screens) & linefeed
+    set wires to «class SrPt» of config
     repeat with wire in wires
       if interface of wire is ptty then
-        set report to report & "serial ptty\\n"
+        set report to report & "serial ptty" & linefeed
       else if interface of wire is tcp then
-        set report to report & "serial tcp\\n"
+        set report to report & "serial tcp" & linefeed
       else
-        set report to report & "serial window\\n"
+        set report to report & "serial window" & linefeed
       end if
     end repeat
     return report
   end tell
 end run
 """
+# What `utmctl attach` printed up to 5.0.8. Dictionary: `serial port` is an element of `virtual machine`, with
+# `interface`, `address` and `port` (contract 7).
+SERIAL_PORTS = """\
+-- kodemachine: serial-ports
+on run argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set report to ""
+    repeat with wire in (get serial ports of vm)
+      if interface of wire is ptty then
+        set report to report & "ptty " & address of wire & linefeed
+      else if interface of wire is tcp then
+        set report to report & "tcp " & address of wire & ":" & port of wire & linefeed
+      else
+        set report to report & "unavailable" & linefeed
+      end if
+    end repeat
+    return report
+  end tell
+end run
+"""
+# The arguments: the machine, how many pieces of input follow, these (base64), the program and its arguments.
+# A question that fails is asked again, as the guest process is not affected. The answer has three lines: exit code and
+# signal, standard output, standard error (both base64). Dictionary: `execute`, `get result` (contract 7).
+GUEST_COMMAND = """\
+-- kodemachine: exec
+on run argv
+  set pieces to (item 2 of argv) as integer
+  set input_data to ""
+  repeat with n from 3 to (2 + pieces)
+    set input_data to input_data & item n of argv
+  end repeat
+  set program to item (3 + pieces) of argv
+  set words_of_it to {}
+  if (count of argv) > (3 + pieces) then set words_of_it to items (4 + pieces) thru -1 of argv
+  tell application "UTM"
+    set vm to virtual machine id (item 1 of argv)
+    set proc to execute vm at program with arguments words_of_it ¬
+      using input input_data base64 encoding true output capturing true
+    set seconds_between to 0.02
+    set failures to 0
+    repeat
+      try
+        set answer to get result proc
+        set failures to 0
+        if exited of answer then exit repeat
+      on error the_text number the_number
+        set failures to failures + 1
+        if failures > 4 or the_number is -1743 then error "result lost: " & the_text number the_number
+      end try
+      delay seconds_between
+      if seconds_between < 0.3 then set seconds_between to seconds_between + 0.02
+    end repeat
+    set out_data to ""
+    set error_data to ""
+    try
+      set out_data to output data of answer
+    end try
+    try
+      set error_data to error data of answer
+    end try
+    return "" & exit code of answer & " " & signal code of answer & linefeed & out_data & linefeed & error_data
+  end tell
+end run
+"""
+# Dictionary: `name`, `icon`, `memory` (MiB), `cpu cores`, `network interfaces`, `address`, `update configuration`.
 CONFIGURE = """\
 -- kodemachine: configure
 on run argv
@@ -1156,52 +1325,58 @@ on run argv
       set n to n + 1
       if not (n > (count of argv)) then set address of nic to item (n) of argv
     end repeat
+    set icon of config to ""
     update configuration of vm with config
     set config to configuration of vm
-    set report to name of config & "\\n" & memory of config & "\\n" & cpu cores of config & "\\n"
+    set report to name of config & linefeed & memory of config & linefeed & cpu cores of config & linefeed
     set nics to network interfaces of config
     repeat with nic in nics
-      set report to report & address of nic & "\\n"
+      set report to report & address of nic & linefeed
     end repeat
     return report
   end tell
 end run
 """
-
-
-# UTM's other defaults are what a headless machine wants: UEFI, a shared network, a ptty serial port and no display.
-# It copies the disk into its own folder, and reads the seed where it is.
+# UTM's other defaults fit a headless machine: a shared network, a ptty serial port and no display. UTM copies
+# both files into its own folder; the seed becomes a VirtIO disk, which cloud-init finds by its label. Dictionary:
+# `make`, `backend`, `configuration`, `architecture`, `hypervisor`, `uefi`, `cpu cores`, `memory`, `drives`, `source`.
 MAKE = """\
 -- kodemachine: make
 on run argv
-  set {theName, theKind, theCpus, theMemory, theDisk, theSeed} to argv
-  set theDisk to POSIX file theDisk
-  set theSeed to POSIX file theSeed
-  set theCpus to theCpus as integer
-  set theMemory to theMemory as integer
+  set {the_name, the_kind, the_cpus, the_memory, the_disk, the_seed} to argv
+  set the_disk to POSIX file the_disk
+  set the_seed to POSIX file the_seed
+  set the_cpus to the_cpus as integer
+  set the_memory to the_memory as integer
   with timeout of 900 seconds
     tell application "UTM"
-      set theDrives to {{source:theDisk}, {removable:true, source:theSeed}}
-      set theRecord to {name:theName, architecture:theKind, cpu cores:theCpus, memory:theMemory, drives:theDrives}
-      set vm to make new virtual machine with properties {backend:qemu, configuration:theRecord}
+      set the_drives to {{source:the_disk}, {source:the_seed}}
+      set config to {name:the_name, architecture:the_kind, hypervisor:true, uefi:true, ¬
+        cpu cores:the_cpus, memory:the_memory, drives:the_drives}
+      set vm to make new virtual machine with properties {backend:qemu, configuration:config}
       return id of vm
     end tell
   end timeout
 end run
 """
+# Of the two drives of a machine that MAKE made, the first stays. The answer: how many there are now, and the first
+# one's id before and after. Dictionary: `drives`, `id` of a drive, `icon`, `update configuration`.
 DETACH = """\
 -- kodemachine: detach
 on run argv
   tell application "UTM"
     set vm to virtual machine id (item 1 of argv)
     set config to configuration of vm
-    set found to drives of config
-    set drives of config to {item 1 of found}
-    update configuration of vm with config
+    set disks to drives of config
+    set disk_before to id of item 1 of disks
+    if (count of disks) is 2 then
+      set drives of config to {item 1 of disks}
+      set icon of config to ""
+      update configuration of vm with config
+    end if
     set config to configuration of vm
-    set found to drives of config
-    set first_one to item 1 of found
-    return ((count of found) as text) & " " & removable of first_one
+    set disks to drives of config
+    return "" & (count of disks) & " " & disk_before & " " & id of item 1 of disks
   end tell
 end run
 """
@@ -1214,6 +1389,13 @@ systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
 CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
 
 
+def printed_argument(word: str) -> str:
+    """An argument as -v shows it: of a script its name alone, and of what is long its beginning."""
+    if word.startswith("-- kodemachine: "):
+        return "(" + word.partition("\n")[0][len("-- kodemachine: "):] + ")"
+    return word if len(word) <= 80 and "\n" not in word else word.partition("\n")[0][:40] + "..."
+
+
 class Utmctl:
     """The one door to utmctl, osascript and PROGRAMS: finds them, bounds every call, and says what became of it."""
 
@@ -1221,7 +1403,7 @@ class Utmctl:
         self._configured, self._interrupts, self.notes = configured, interrupts, notes
         self._found: dict[str, str] = {}
         self._calls: set[Call] = set()
-        self._closed = False
+        self._closed = self._warned = False
 
     def path(self, program: str = "utmctl") -> str:
         """The real path of utmctl: through a link UTM's sandbox hides it from itself (contract 4)."""
@@ -1253,6 +1435,9 @@ class Utmctl:
                 call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
                 self._calls.add(call)
         except OSError as failure:
+            if failure.errno == errno.E2BIG:
+                raise UsageError("the command line is too long", "Copy a script into the machine with kodemachine cp, "
+                                 "and run that.") from None
             raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}",
                               "If it is not UTM's own: kodemachine config set utmctl PATH") from None
         if self._closed:
@@ -1265,7 +1450,7 @@ class Utmctl:
         reply = call.wait(seconds)
         if reply and call in self._calls:
             self._calls.discard(call)
-            words = [arg if "\n" not in arg else "..." for arg in call.argv[1:]]
+            words = [printed_argument(arg) for arg in call.argv[1:]]
             numbers = "".join(f" {number}" for number in reply.numbers)
             self.notes.trace(f"{os.path.basename(call.argv[0])} {shlex.join(words)}: {reply.outcome.value}{numbers}, "
                              f"exit {reply.code}, {reply.seconds:.2f} s")
@@ -1283,9 +1468,35 @@ class Utmctl:
         assert reply
         return reply
 
-    def script(self, text: str, *args: str) -> Reply:
+    def script(self, text: str, *args: str, limit: float | None = None) -> Reply:
         """Runs an AppleScript; unlike utmctl, osascript says by its exit status that it failed (contract 7)."""
-        return self.call("osascript", "-e", text, *args)
+        return self.call("osascript", "-e", text, "--", *args, limit=limit)
+
+    def hardware(self, *uuids: str) -> dict[str, Hardware]:
+        """Network addresses and drives of all machines, asked for until those of `uuids` are among them; all but the
+        first of these machines may be gone.
+
+        Raises Unreachable, or KodeError after UNIQUE_LIMIT seconds.
+        """
+        for _ in attempts(UNIQUE_LIMIT, self.notes.tick, 0.3, 3.0):
+            reply = self.insist(self.script(HARDWARE))
+            found = parse_hardware(reply.out) if reply.outcome is Outcome.DONE else {}
+            if reply.outcome is Outcome.DONE and uuids[0] in found \
+                    and all(found[uuid].known for uuid in uuids if uuid in found):
+                return found
+        raise KodeError(f"UTM does not report its machines' drives: {reply.sentence or reply.outcome.value}",
+                        "Check UTM's window, then run the same command again.")
+
+    def version(self) -> str:
+        """The version of the application beside utmctl, from its Info.plist; empty if that cannot be read."""
+        import plistlib
+
+        contents = os.path.dirname(os.path.dirname(self.path()))
+        try:
+            with open(os.path.join(contents, "Info.plist"), "rb") as file:
+                return str(plistlib.load(file)["CFBundleShortVersionString"])
+        except Exception:       # also expat's own error, whose class plistlib does not name
+            return ""
 
     def gather(self, calls: Sequence[tuple[str, ...]], limit: float) -> list[Reply]:
         """The replies of many calls, at most WIDTH * 4 at the same time."""
@@ -1315,18 +1526,21 @@ class Utmctl:
             raise Unreachable("utmctl does not find UTM",
                               "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
         if reply.outcome is Outcome.USAGE:
-            raise Unreachable(f"this utmctl is too old: {reply.sentence or reply.err.strip()}",
-                              "Update UTM.")
+            version = self.version()
+            raise Unreachable(f"utmctl{' ' * bool(version)}{version} does not know the command {reply.verb}: "
+                              f"{reply.sentence}", "Use a UTM from 4.6.5 to 5.0.9. To check it: kodemachine doctor")
         return reply
 
-    def rows(self, tolerant: bool = False, call: Call | None = None) -> list[Row]:
+    def rows(self, partial: bool = False, call: Call | None = None) -> Rows:
         """A clean list, asked for until it is one (contract 0, 4). `call`: one for it that has begun already.
 
-        After three answers a list counts in which only states are unknown; with `tolerant` (for looking, never
-        for acting) also one with rows that cannot be read. An empty one only after WARM_UP.
-        Raises Unreachable or TimedOut.
+        After three answers a list counts in which only states are unknown. An empty one counts only after WARM_UP.
+        After three equal answers a row that cannot be read is not waited for: then `broken` is set, which is an error
+        unless `partial`, for callers that conclude nothing from the absence of a machine.
+        Raises Unreachable, TimedOut or KodeError.
         """
-        crashes, empty_since = 0, float("inf")
+        crashes, equal, empty_since = 0, 0, float("inf")
+        before: Listing | None = None
         for asked, _ in enumerate(attempts(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
             answer = self.finish(call or self.begin("list"))
             assert answer
@@ -1335,13 +1549,21 @@ class Utmctl:
             empty = listing.whole and not listing.rows
             empty_since = min(empty_since, time.monotonic()) if empty else float("inf")
             if listing.whole and (listing.rows or time.monotonic() - empty_since >= WARM_UP):
-                return listing.rows
+                return Rows(listing.rows)
             if listing.whole and asked == 1:
                 self.notes.step("UTM shows no machines; waiting whether it is just starting")
-            if asked >= 3 and listing.rows and (listing.named or tolerant):
-                if not listing.named:
-                    self.notes.warn("UTM's list was incomplete; what could be read of it is shown")
-                return listing.rows
+            if asked >= 3 and listing.named and listing.rows:
+                return Rows(listing.rows)
+            equal = equal + 1 if listing == before else 1
+            before = listing
+            if listing.broken and equal >= 3:
+                rows = Rows(listing.rows, listing.broken)
+                if not partial:
+                    rows.must_be_complete()
+                if not self._warned:
+                    self.notes.warn(f"UTM's list has a row that cannot be read: {rows.broken!r}. {LINE_BREAK}")
+                self._warned = True
+                return rows
             crashes += reply.outcome is Outcome.CRASHED
             if crashes == 3:
                 raise Unreachable(
@@ -1354,9 +1576,7 @@ class Utmctl:
     def _no_list(reply: Reply) -> TimedOut:
         """What to say when the last of many answers was no better than this."""
         if reply.outcome is Outcome.DONE:
-            return TimedOut("UTM's list cannot be read in full",
-                            "Look at UTM's window: a machine may have a name with a line break, or be broken. "
-                            "See the answer with: utmctl list")
+            return TimedOut("UTM's list cannot be read", "To see its answer: utmctl list")
         number = f" ({reply.numbers[-1]})" if reply.numbers else ""
         return TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
                         "Is UTM asking something on the screen? Do not use sudo. "
@@ -1368,7 +1588,7 @@ class Utmctl:
         Raises Unreachable or TimedOut.
         """
         reply = self.insist(self.call("list", limit=limit))
-        rows, sound = parse_list(reply.out)
+        rows, _, sound = parse_list(reply.out)
         if reply.outcome is Outcome.HUNG:
             raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow. See: kodemachine list")
         if not rows and not (sound and reply.outcome is Outcome.DONE):
@@ -1606,8 +1826,10 @@ class VM:
         reply = self._utm.insist(self._utm.call("status", self.uuid))
         self.power = Power(reply.out.strip()) if reply.outcome is Outcome.DONE else Power.UNKNOWN
         self._lost = self._lost + 1 if reply.outcome is Outcome.MISSING else 0
-        if self._lost and self._lost % 3 == 0 and self.uuid not in {row.uuid for row in self._utm.rows()}:
-            raise NotFound(f"{self.name} is gone: somebody deleted it meanwhile", "See what is there: kodemachine list")
+        if self._lost and self._lost % 3 == 0:
+            rows = self._utm.rows(partial=True)
+            if not rows.broken and self.uuid not in {row.uuid for row in rows}:
+                raise NotFound(f"{self.name} is gone: it was deleted meanwhile", "To see the others: kodemachine list")
         return self.power
 
     def _denied(self, *words: str) -> Unreachable | None:
@@ -1694,11 +1916,13 @@ class VM:
         finally:
             prober.close()
             self._utm.drop(call)
-        seen = f"its ssh port does not answer at {', '.join(known)}" if known else "its guest agent tells no address"
+        seen, hint = "its guest agent reports no address", f"Check its console: kodemachine attach {self.name}"
+        if known:       # so the agent works; and images that `base create` makes have no password for the console
+            seen = f"its ssh port does not answer at {', '.join(known)}"
+            hint = f"Check its ssh server: kodemachine exec {self.name} -- systemctl status ssh"
         raise TimedOut(
             f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
-            LOCAL_NETWORK if prober.unreachable and local_network_rules()
-            else f"Look at its console (kodemachine attach {self.name}), or {more_time}.",
+            LOCAL_NETWORK if prober.unreachable and local_network_rules() else f"{hint}\nOr {more_time}.",
         )
 
     def _must_run(self) -> None:
@@ -1714,22 +1938,27 @@ class VM:
         """
         return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
 
-    def make_unique(self, memory: int | None, cpus: int | None) -> None:
+    def prepare(self, memory: int | None, cpus: int | None, copy_of: str = "") -> None:
         """Gives a stopped machine network addresses that no other has, with `memory` (MiB) and `cpus` in one change.
 
-        UTM copies the base's (contract 3.5). Raises Unreachable if macOS refuses, WrongState if the machine is not
-        stopped any more, KodeError unless it is proved done.
+        UTM copies the base's (contract 3.5). `copy_of`: the UUID of the machine that it must be a whole copy of.
+        Raises Unreachable if macOS refuses, WrongState if the machine is not stopped any more, KodeError unless it is
+        proved done.
         """
         problem = "UTM does not answer"
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
-            reply = self._utm.script(ADDRESSES)
+            reply = self._utm.script(HARDWARE)
             if reply.outcome is Outcome.DONE:
-                found = parse_macs(reply.out)
-                if self.uuid not in found:      # an empty answer, as while UTM starts, proves nothing
-                    problem = "UTM's answer lacks it"
+                found = parse_hardware(reply.out)
+                relevant = [found[uuid] for uuid in (self.uuid, copy_of) if uuid in found]
+                # An empty answer, as while UTM starts, proves nothing.
+                if self.uuid not in found or not all(hardware.known for hardware in relevant):
+                    problem = "UTM does not report its hardware"
                     continue
-                mine = found.pop(self.uuid)
-                others = {mac for macs in found.values() for mac in macs}
+                if copy_of:
+                    self.must_be_whole(found, copy_of)
+                mine = found.pop(self.uuid).macs
+                others = {mac for hardware in found.values() for mac in hardware.macs}
                 shared = [mac in others or mine.count(mac) > 1 or "?" in {mac, *others} for mac in mine]
                 if not (any(shared) or memory or cpus):
                     return
@@ -1752,6 +1981,17 @@ class VM:
                 break
         raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
                         MAC_SETTING)
+
+    def must_be_whole(self, found: dict[str, Hardware], copy_of: str) -> None:
+        """Raises KodeError if this machine is a copy that was not made to its end, of the machine with that UUID.
+
+        UTM ignores errors while it copies, and lists a half bundle after it was interrupted (contract 3, 10.12).
+        """
+        missing = missing_part(found[self.uuid], found.get(copy_of))
+        if missing:
+            raise KodeError(f"{self.name} ({self.uuid}) is an incomplete copy and cannot be used: {missing}",
+                            f"Delete it: {shlex.quote(self._utm.path())} delete {self.uuid}\n"
+                            "Then run the same command again.")
 
     def addresses(self) -> list[str]:
         """The addresses that the guest agent tells, likeliest first; none if it does not answer."""
@@ -1881,64 +2121,80 @@ class VM:
 
     def await_agent(self, limit: float) -> None:
         """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
+        complaint = ""
         for _ in attempts(limit, self._notes.tick, 0.3, 3.0):
-            reply = self._utm.insist(self._utm.call("exec", self.uuid, "--cmd", "echo", "ready"))
-            if reply.out == "ready\n":
+            try:
+                self.run(["true"], limit=LIMITS["osascript"])
                 return
+            except (Unreachable, UsageError):
+                raise
+            except KodeError as failure:
+                complaint = failure.message
             self._must_run()
-        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s"
-                       + (f": {reply.sentence}" if reply.sentence else ""),
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s: {complaint}",
                        "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
 
-    def run(self, argv: Sequence[str], stdin: int | None = None,
-            limit: float = float("inf")) -> tuple[int, bytes, bytes]:
+    def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
 
-        It runs below a shell in the guest, which says in a last line on stderr how it ended: utmctl's own status is 0
-        for one killed by a signal, and for a lost result (contract 1.3). The `--`, to the shell the end of its options,
-        lets utmctl take words with three dashes (contract 1.1). `stdin`: a handle to read its input from.
-        After `limit` seconds it is no longer listened to.
-        Raises KodeError if the command was not run, or if how it ended is not known.
+        `data`: its input, at most EXEC_INPUT bytes. A command that a signal ended has 128 + its number as status.
+        `utmctl exec` is of no help: up to 5.0.8 it does not wait for the command (contract 1.3).
+        After `limit` seconds, or a signal to us, the command goes on in the guest (contract 0.4).
+        Raises KodeError if the command was not run, or if its result is lost, TimedOut after `limit`.
         """
-        mark = f"kodemachine-{os.urandom(8).hex()}:"
-        script = f'"$@"; code=$?; printf "\\n{mark}%s\\n" "$code" >&2; exit "$code"'
-        words = [self.uuid, *["--input"] * (stdin is not None), "--cmd", "/bin/sh", "-c", "--", script, "sh", *argv]
-        call = self._utm.begin("exec", *words, limit=limit, stdin=subprocess.DEVNULL if stdin is None else stdin)
-        reply = self._utm.finish(call)
-        assert reply
-        out, err = reply.raw
-        said, found, code = err.rpartition(f"\n{mark}".encode())
-        if found and re.fullmatch(rb"\d{1,3}\s*", code):
-            if max(len(out), len(said)) >= EXEC_OUTPUT:
-                self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
-            return int(code), out, said
+        import base64
+
+        text = base64.b64encode(data).decode()
+        pieces = [text[i:i + EXEC_PIECE] for i in range(0, len(text), EXEC_PIECE)]
+        try:
+            reply = self._utm.script(GUEST_COMMAND, self.uuid, str(len(pieces)), *pieces, *argv, limit=limit)
+        except Interrupted:
+            self._notes.warn(f"the command was not stopped: it may still be running in {self.name}")
+            raise
         self._utm.insist(reply)
-        # A launch that failed is reported, and then utmctl may crash over its missing process (contract 1.3).
-        if reply.outcome not in (Outcome.FAILED, Outcome.MISSING) and -2700 not in reply.numbers:
-            raise KodeError(f"the result from {self.name} was lost; whether the command has run is not known",
-                            f"Look in the machine: kodemachine ssh {self.name}")
-        much = "Much input takes it longer than the 10 s it has: copy it with kodemachine cp. "
-        raise KodeError(f"the guest agent of {self.name} did not confirm that the command was run: "
-                        f"{reply.sentence or reply.outcome.value}",
-                        much * (stdin is not None) + "It needs qemu-guest-agent in the guest; ssh may still work: "
-                        f"kodemachine ssh {self.name}")
+        status, out, err = (reply.out.split("\n") + ["", ""])[:3]
+        code = re.fullmatch(r"(\d{1,10}) (\d{1,3})", status)
+        if reply.outcome is Outcome.DONE and code:
+            output, errors = base64.b64decode(out), base64.b64decode(err)
+            if max(len(output), len(errors)) >= EXEC_OUTPUT:
+                self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
+            return 128 + int(code.group(2)) if code.group(2) != "0" else int(code.group(1)), output, errors
+        look = f"To look: kodemachine ssh {self.name}"
+        if reply.outcome is Outcome.HUNG:
+            raise TimedOut(f"the command in {self.name} did not end within {limit:.0f} s and may still be running",
+                           look)
+        # UTM's own words mean that nothing was started, except a time-out after the command was sent (contract 5, 7).
+        lost = "result lost: "
+        if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and lost not in reply.err:
+            raise KodeError(f"{self.name} did not confirm that it ran {argv[0]}: "
+                            f"{reply.sentence or reply.outcome.value}",
+                            "If its guest agent does not answer: it needs qemu-guest-agent. "
+                            f"ssh may still work: kodemachine ssh {self.name}")
+        raise KodeError(f"the result of {argv[0]} in {self.name} was lost, and it may still be running"
+                        + f" ({reply.sentence.rpartition(lost)[2]})" * bool(reply.sentence), look)
 
     def serial_port(self, index: int | None) -> str:
-        """The machine's serial port: a device path, or host:port of a TCP one (contract 1.2). Raises KodeError."""
-        options = [f"--index={index}"] if index is not None else []
-        for _ in attempts(LIMITS["attach"], self._notes.tick, 0.2, 2.0):
-            reply = self._utm.insist(self._utm.call("attach", self.uuid, *options))
+        """The machine's serial port: a device path, or host:port of a TCP one (contract 7). Raises KodeError.
+
+        `index` counts all ports from 0; None: the first that can be attached to.
+        """
+        for _ in attempts(LIMITS["status"], self._notes.tick, 0.2, 2.0):
+            reply = self._utm.insist(self._utm.script(SERIAL_PORTS, self.uuid))
             if reply.outcome in (Outcome.DONE, Outcome.FAILED):
                 break
-        match = re.search(r"^(?:PTTY|TCP): (\S+)$", reply.out, re.MULTILINE)
-        if match:
-            return match.group(1)
         if reply.outcome is Outcome.FAILED:
-            raise KodeError(f"UTM does not tell the serial port of {self.name}: {reply.sentence}",
-                            f"Is it still running? See: kodemachine status {self.name}")
+            raise KodeError(f"UTM does not report the serial ports of {self.name}: {reply.sentence}",
+                            f"Is it still running? To check: kodemachine status {self.name}")
         if reply.outcome is not Outcome.DONE:
-            raise TimedOut(f"UTM does not tell the serial port of {self.name} ({reply.outcome.value})",
-                           "Is it busy? Look at UTM's window, then try again.")
+            raise TimedOut(f"UTM does not report the serial ports of {self.name} ({reply.outcome.value})",
+                           "Check UTM's window, then try again.")
+        ports = reply.out.splitlines()
+        if index is not None:
+            ports = ports[index:index + 1]
+        for port in ports:
+            kind, _, place = port.partition(" ")
+            if kind in ("ptty", "tcp") and place:
+                return place
         raise KodeError(
             f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
             "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.",
@@ -1996,7 +2252,8 @@ class Cloner:
             return False
         image = {"name": found["base"], "uuid": found["base_uuid"]}
         inherits = {"image": image, **found.get("inherits", {})}
-        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True})
+        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True,
+                                        "copy_of": found["base_uuid"] or None})
         intent.remove()
         return True
 
@@ -2007,6 +2264,9 @@ class Cloner:
         if not found:
             return None
         left = max(0.0, min(found["time"] + self._limit - time.time(), self._limit))
+        if found.get("incomplete") and found["incomplete"] not in {row.uuid for row in self._utm.rows()}:
+            intent.remove()             # the person has deleted what came of it
+            return None
         self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
         return self._await(name, intent, found, None, left)
 
@@ -2034,7 +2294,7 @@ class Cloner:
         """Has UTM make a new machine, with the `words` behind its name in MAKE. Callers hold the fleet's lock."""
         self.must_be_free(name, rows)
         return self._bring(Row("", Power.STOPPED, name), name, rows, f"making {name}",
-                           ("osascript", "-e", MAKE, name, *words), {"image": None, "making": True})
+                           ("osascript", "-e", MAKE, "--", name, *words), {"image": None, "making": True})
 
     def _bring(self, base: Row, name: str, rows: Sequence[Row], what: str, words: Sequence[str],
                inherits: dict[str, Any], afterwards: str = RUN_AGAIN) -> Row:
@@ -2123,6 +2383,7 @@ class Cloner:
             if ended and settled and half and half[0].power is Power.STOPPED:
                 if renames == 3:
                     break
+                self._must_be_whole(half[0], intent, found)
                 self._rename(half[0], name)
                 renames, since = renames + 1, time.monotonic()
             elif reply and not (named or half):
@@ -2145,6 +2406,15 @@ class Cloner:
         if not ended:
             raise self._under_way(name)
         return None
+
+    def _must_be_whole(self, row: Row, intent: Intent, found: dict[str, Any]) -> None:
+        """Raises KodeError if the machine is an incomplete copy; the intent then says so to later runs."""
+        hardware = self._utm.hardware(row.uuid, found["base_uuid"])
+        try:
+            VM(self._utm, row).must_be_whole(hardware, found["base_uuid"])
+        except KodeError:
+            intent.rewrite({**found, "incomplete": row.uuid})
+            raise
 
     def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
         """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
@@ -2185,8 +2455,17 @@ class Cloner:
 class Handoff:
     """What ssh and scp are told, so that a session ends in that very machine or not at all."""
 
-    def __init__(self, settings: Settings, state: State, words: Sequence[str]) -> None:
-        self._settings, self._state, self._words = settings, state, words
+    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str]) -> None:
+        self._settings, self._utm, self._state, self._words = settings, utm, state, words
+
+    def keep_alive(self, host: str) -> dict[str, str]:
+        """Ends a session whose machine is gone within 45 s, unless the person's configuration has its own interval."""
+        reply = None
+        with contextlib.suppress(KodeError):        # without ssh there is no session either, and that is said then
+            reply = self._utm.call("ssh", "-G", "--", host)
+        if reply and re.search(r"(?m)^serveraliveinterval [1-9]", reply.out):
+            return {}
+        return {"ServerAliveInterval": "10", "ServerAliveCountMax": "3"}
 
     def pin(self, vm: VM) -> bool:
         """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
@@ -2221,8 +2500,9 @@ class Handoff:
 
     def argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
         """The command line of ssh to an address; the words of `command` are joined by the guest's login shell."""
-        options = {"HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none", "ProxyCommand": "none",
-                   "Port": str(self._settings.ssh_port)}
+        options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none",
+                   "ProxyCommand": "none", "ProxyUseFdpass": "no", "Port": str(self._settings.ssh_port),
+                   **self.keep_alive(address)}
         return ["ssh", *as_words(options), "--", address, *command]
 
     def name_options(self, pinned: bool = True) -> dict[str, str]:
@@ -2236,7 +2516,8 @@ class Handoff:
 
 
 # What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
-# mark of its own, and last that it came to its end: the exit status of `exec` proves nothing (contract 1.3).
+# mark of its own, and last that it came to its end. Before that all is flushed: a machine that is forced off within a
+# minute would come back with an empty /etc/hostname and empty host keys.
 #
 # If $2 is `renew`, it is a fork, which has the host keys and the machine-id of the machine it was cloned from. They
 # are replaced, each as a whole. DHCP clients send what was made of the machine-id at boot (contract 3), and ask for
@@ -2263,7 +2544,6 @@ if [ "$2" = renew ]; then
   { [ ${#id} = 32 ] && echo "$id" > /etc/machine-id.new && mv /etc/machine-id.new /etc/machine-id; } || renewed=no
   if [ -f /var/lib/dbus/machine-id ]; then ln -sf /etc/machine-id /var/lib/dbus/machine-id; fi
   rm -f /var/lib/dhcp/*.leases /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
-  sync
   echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
@@ -2271,6 +2551,7 @@ for key in /etc/ssh/ssh_host_*_key.pub; do
   if [ -f "$key" ]; then sed 's/^/key=/' "$key"; fi
 done
 echo "machine-id=$(cat /etc/machine-id)"
+sync
 echo "end=$label"
 """
 
@@ -2301,7 +2582,7 @@ class Manager:
         """`words`: what a kodemachine that others start for us has to be told on its command line."""
         self.settings, self.utm, self.state = settings, utm, state
         self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
-        self.handoff = Handoff(settings, state, words)
+        self.handoff = Handoff(settings, utm, state, words)
         self._turn = threading.Lock()
         self._waiting_since: float | None = None        # for another kodemachine to be done with the fleet
 
@@ -2371,9 +2652,10 @@ class Manager:
 
     def find(self, label: str) -> VM:
         """The clone of that label. Raises NotFound if a clean list lacks it."""
-        rows = self.utm.rows()
+        rows = self.utm.rows(partial=True)
         row = self.row_of(rows, label)
         if row is None:
+            rows.must_be_complete()
             labels = sorted(str(self.label_of(row.name)) for row in self.clones(rows))
             raise NotFound(f"there is no machine {label}", f"There are: {', '.join(labels)}" if labels else
                            f"Make it: kodemachine {label}")
@@ -2420,9 +2702,10 @@ class Manager:
             import base64  # noqa: F401 (what probe and handoff need: now, while UTM looks, it costs no time)
             import socket  # noqa: F401
 
-            rows = self.utm.rows(call=listing)
+            rows = self.utm.rows(partial=True, call=listing)
             row = self.row_of(rows, label)
             if row is None:
+                rows.must_be_complete()
                 self._may_clone(label, wishes, filter(None, map(self.label_of, (row.name for row in rows))))
                 return VM(self.utm, self._clone(label, wishes)), None
             self.cloner.adopt(row)
@@ -2491,10 +2774,13 @@ class Manager:
             rows = self.utm.rows()
             if row is None and self.row_of(rows, new):
                 raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
+            if row is None:
+                self.prove_whole(Row(vm.uuid, vm.power, vm.name))
             hook = None if record.get("new") else record.get("first_boot") or "done"        # on its disk, as there
             row = row or self.cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
                                             fork=True, first_boot=hook)
             self.cloner.adopt(row)
+            self.prove_whole(row)
             self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
 
     def to_complete(self, name: str, found: dict[str, Any]) -> str:
@@ -2566,15 +2852,24 @@ class Manager:
         if found[0].power is not Power.STOPPED:
             raise WrongState(
                 f"the image {found[0].name} is {found[0].power.value}; only a stopped one can be cloned",
-                f"Shut it down in UTM, or: utmctl stop --request {found[0].uuid}",
+                f"Shut it down in UTM, or: {shlex.quote(self.utm.path())} stop --request {found[0].uuid}",
             )
         return found[0]
+
+    def prove_whole(self, row: Row) -> None:
+        """Raises KodeError if a machine that was never started is an incomplete copy. What is proved is recorded."""
+        copy_of = self.record_of(row.uuid).get("copy_of")
+        if copy_of:
+            VM(self.utm, row).must_be_whole(self.utm.hardware(row.uuid, copy_of), copy_of)
+            self.state.record(row.uuid, copy_of=None)
 
     def base_for_new(self, rows: Sequence[Row], wanted: str | None) -> Row:
         """The image for a machine that is to be made now. Raises KodeError if that could not succeed."""
         if self.settings.first_boot:
             open_script(self.settings.first_boot).close()       # said now, and not by the new machine
-        return self.base(rows, wanted)
+        row = self.base(rows, wanted)
+        self.prove_whole(row)
+        return row
 
     def bring_up(self, vm: VM, label: str, wishes: Wishes, call: Call | None = None) -> str:
         """Starts or resumes a machine, waits for its ssh server and gives it its name; returns the address.
@@ -2615,8 +2910,8 @@ class Manager:
             if wishes.cpus or wishes.memory or not record.get("mac_checked"):
                 with self.fleet():
                     self._notes.step(f"checking the network address of {vm.name}")
-                    vm.make_unique(wishes.memory, wishes.cpus)
-            self.state.record(vm.uuid, name=vm.name, mac_checked=True)
+                    vm.prepare(wishes.memory, wishes.cpus, record.get("copy_of") or "")
+            self.state.record(vm.uuid, name=vm.name, mac_checked=True, copy_of=None)
         self.state.record(vm.uuid, **{**without_trace(record), "disposable": wishes.disposable or None})
 
     def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
@@ -2642,20 +2937,23 @@ class Manager:
 
     def read_guest(self, vm: VM, label: str, *, needed: bool = False, renew: bool = False) -> \
             tuple[list[str], str] | None:
-        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it."""
-        words = [label, *["renew"] * renew]
-        reply = self.utm.call("exec", vm.uuid, "--cmd", "/bin/sh", "-c", PERSONALITY, "kodemachine", *words)
-        if needed:
-            self.utm.insist(reply)
-        pairs = [line.split("=", 1) for line in reply.out.splitlines() if "=" in line]
+        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it.
+
+        With `needed`, a guest agent that does not run commands is an error.
+        """
+        problem, out = "its answer is not complete", b""
+        try:
+            _, out, _ = vm.run(["/bin/sh", "-c", PERSONALITY, "kodemachine", label, *["renew"] * renew],
+                               limit=LIMITS["osascript"])
+        except KodeError as failure:
+            if needed:
+                raise
+            problem = failure.message
+        pairs = [line.split("=", 1) for line in out.decode("utf-8", "replace").splitlines() if "=" in line]
         told = dict(pairs)
         wanted = {"hostname": label, "end": label, **({"renewed": "yes"} if renew else {})}
-        if reply.outcome is not Outcome.DONE or any(told.get(key) != value for key, value in wanted.items()):
-            self._notes.warn(
-                f"the guest agent did not name {vm.name} ({reply.outcome.value}"
-                + (f": {reply.sentence}" if reply.sentence else "")
-                + "); the next start tries again"
-            )
+        if any(told.get(key) != value for key, value in wanted.items()):
+            self._notes.warn(f"the guest agent did not name {vm.name} ({problem}); the next start tries again")
             return None
         return parse_host_keys([line for key, line in pairs if key == "key"]), told.get("machine-id", "")[:64]
 
@@ -3123,6 +3421,7 @@ class Images:
             begun = Intent(self._state, name).load()
             row = self._cloner.finish(name)
             if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
+                self._manager.prove_whole(row)
                 return row
             self._cloner.must_be_free(name, self._utm.rows())
             return None
@@ -3132,6 +3431,7 @@ class Images:
         with self._manager.fleet():
             row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self._utm.rows())
             self._cloner.adopt(row)
+            self._manager.prove_whole(row)
             return row
 
     def made(self, name: str) -> Row | None:
@@ -3519,11 +3819,13 @@ class Creator:
         """Leaves the machine its disk alone, and proves it."""
         for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
             reply = self._utm.insist(self._utm.script(DETACH, vm.uuid))
-            if reply.outcome is Outcome.DONE and reply.out.split() == ["1", "false"]:
+            count, disk_before, disk = (reply.out.split() + ["", "", ""])[:3]
+            if reply.outcome is Outcome.DONE and count == "1" and disk == disk_before:
                 return
-            if reply.outcome is Outcome.FAILED:
+            if reply.outcome in (Outcome.DONE, Outcome.FAILED):
                 break
-        raise KodeError(f"UTM did not take the seed out of {vm.name}: {reply.sentence}",
+        problem = reply.sentence or f"it has {count or 'no'} drives"
+        raise KodeError(f"UTM did not remove the seed from {vm.name}: {problem}",
                         "Look at it in UTM's window, then run the same command again.")
 
 
@@ -3532,10 +3834,13 @@ class Creator:
 
 OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
 
-# Versions of UTM, from and to, that are known to be bad (contract: version landmarks, 7, 9.20, 9.23).
-BAD_VERSIONS = (
-    ((0,), (4, 6, 4), ERROR, "is too old; it takes 4.6.5 or newer"),
+# Versions of UTM, from and to, and what each lacks (contract: version landmarks, 7, 9.20, 9.23). From 5.0.9 on utmctl
+# has no `attach`; kodemachine uses neither that nor `utmctl exec`, which does not wait before 5.0.9.
+NEWEST_KNOWN = (5, 0, 9)
+VERSIONS = (
+    ((0,), (4, 6, 4), ERROR, "is too old; kodemachine needs 4.6.5 or newer"),
     ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its network address is changed"),
+    ((4, 7, 1), (4, 7, 1), OK, "has no setting that gives clones MAC addresses of their own; kodemachine does that"),
     ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
 )
 UPDATE = "Update UTM: brew upgrade --cask utm, or in the App Store"
@@ -3559,10 +3864,10 @@ class Doctor:
     def __init__(self, manager: Manager) -> None:
         self._manager, self._utm, self._state = manager, manager.utm, manager.state
         self._settings = manager.settings
-        self._rows: list[Row] = []
+        self._rows = Rows([])
         self._silence: KodeError | None = None      # why UTM gave no list, if it was not for want of permission
         self._image = Row("", Power.UNKNOWN, "")
-        self._macs: dict[str, list[str]] = {}
+        self._hardware: dict[str, Hardware] = {}
         self._running: dict[str, list[str]] = {}    # names of the clones that run, by their likeliest address
 
     def findings(self) -> Iterator[Finding]:
@@ -3598,31 +3903,22 @@ class Doctor:
         yield OK, self._utm.path(), ""
 
     def _version(self) -> Iterable[Words]:
-        version = self._bundle_version()
+        version = self._utm.version()
         if not version:
             reply = self._utm.call("version", limit=LIMITS["status"])
             version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
         number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
         if not number:
-            return [(WARNING, "UTM does not tell its version: it is older than 4.7.2, or does not answer", UPDATE)]
-        bad = [(level, f"UTM {version} {trouble}", UPDATE)
-               for first, last, level, trouble in BAD_VERSIONS if first <= number <= last]
-        return bad or [(OK, f"UTM {version}", "")]
-
-    def _bundle_version(self) -> str:
-        """As the application's Info.plist has it: without an Apple Event, and older ones have no other way."""
-        import plistlib
-
-        contents = os.path.dirname(os.path.dirname(self._utm.path()))
-        try:
-            with open(os.path.join(contents, "Info.plist"), "rb") as file:
-                return str(plistlib.load(file)["CFBundleShortVersionString"])
-        except Exception:       # also expat's own error, whose class plistlib does not name
-            return ""
+            return [(WARNING, "UTM does not report its version: it is older than 4.7.2, or does not answer", UPDATE)]
+        known = [(level, f"UTM {version} {trouble}", UPDATE if level != OK else "")
+                 for first, last, level, trouble in VERSIONS if first <= number <= last]
+        if number > NEWEST_KNOWN:
+            known = [(OK, f"UTM {version}, which is newer than this version of kodemachine knows (5.0.9)", "")]
+        return known or [(OK, f"UTM {version}", "")]
 
     def _automation(self) -> Iterable[Words]:
         try:
-            self._rows = self._utm.rows(tolerant=True)
+            self._rows = self._utm.rows(partial=True)
         except NotPermitted:
             raise
         except KodeError as failure:
@@ -3632,13 +3928,15 @@ class Doctor:
     def _answer(self) -> Iterable[Words]:
         if self._silence:
             raise self._silence
+        if self._rows.broken:
+            yield ERROR, f"UTM's list has a row that cannot be read: {self._rows.broken!r}", LINE_BREAK
         yield OK, f"it shows {len(self._rows)} machines, {len(self._manager.clones(self._rows))} of them clones", ""
 
     def _osascript(self) -> Iterable[Words]:
         for _ in attempts(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
-            reply = self._utm.script(ADDRESSES)
-            self._macs = parse_macs(reply.out)
-            if reply.outcome is Outcome.DONE and (self._macs or not self._rows):
+            reply = self._utm.script(HARDWARE)
+            self._hardware = parse_hardware(reply.out)
+            if reply.outcome is Outcome.DONE and (self._hardware or not self._rows):
                 return []
             if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
                 break
@@ -3716,7 +4014,8 @@ class Doctor:
         holders: dict[str, list[Row]] = {}
         for row in self._rows:
             fresh = row.power is Power.STOPPED and row in clones and not records.get(row.uuid, {}).get("mac_checked")
-            for mac in set(self._macs.get(row.uuid, [])) - {"?"} if row not in images and not fresh else ():
+            macs = self._hardware[row.uuid].macs if row.uuid in self._hardware else []
+            for mac in set(macs) - {"?"} if row not in images and not fresh else ():
                 holders.setdefault(mac, []).append(row)
         for mac, rows in holders.items():
             if len(rows) > 1 and any(row in clones for row in rows):
@@ -3748,11 +4047,22 @@ class Doctor:
                        "Make one of them anew: kodemachine start LABEL --fresh")
 
     def _copies(self) -> Iterable[Words]:
-        bases = {row.name for row in (*self._manager.images(self._rows), *self._manager.clones(self._rows))}
+        """Half-made copies: by their size (contract 10.12, 10.13), and by the temporary name that UTM gives them."""
+        records, ours = self._state.records(), (*self._manager.images(self._rows), *self._manager.clones(self._rows))
+        bases = {row.name for row in ours}
         for row in self._rows:
             base, _, number = row.name.rpartition(" ")
-            if base in bases and number.isdigit() and not self._state.locked("fleet"):
-                yield (WARNING, f"{row.name} ({row.uuid}) is what a clone leaves that was cut off",
+            temporary = base in bases and number.isdigit()
+            origins = [records.get(row.uuid, {}).get("copy_of")]
+            origins += [other.uuid for other in ours if other.name in (row.name, base) and other.uuid != row.uuid]
+            mine, theirs = self._hardware.get(row.uuid), [self._hardware.get(str(origin)) for origin in origins]
+            missing = next(filter(None, (missing_part(mine, other) for other in theirs
+                                         if mine and other and mine.known and other.known)), "")
+            if missing:
+                yield (ERROR, f"{row.name} ({row.uuid}) is an incomplete copy: {missing}",
+                       f"Delete it: {shlex.quote(self._utm.path())} delete {row.uuid}")
+            elif temporary and not self._state.locked("fleet"):
+                yield (WARNING, f"{row.name} ({row.uuid}) is left from a clone that was interrupted",
                        "Run that command again, which completes it or says what to do; or delete it in UTM.")
 
     # -- this computer
@@ -4263,6 +4573,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def port_index(text: str) -> int:
+    """The number of a serial port."""
+    if not re.fullmatch(r"\d{1,2}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 99")
+    return int(text)
+
+
 def mebibytes(text: str) -> int:
     """A size of memory, in MiB."""
     with contextlib.suppress(ValueError):
@@ -4397,7 +4714,7 @@ def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda ro
     if all_of_them and opts.labels:
         raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.command}")
     if all_of_them:
-        return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows()) if fit(row)]
+        return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows(partial=True)) if fit(row)]
     if not opts.labels:
         raise UsageError(f"{opts.command} needs a label", f"See: kodemachine help {opts.command}")
     return list(dict.fromkeys(manager.label(text) for text in opts.labels))
@@ -4630,10 +4947,18 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     if opts.input and sys.stdin.isatty():
         raise UsageError("--input takes a file or a pipe, not a terminal",
                          f"For a terminal: kodemachine ssh {opts.label}")
+    for word in opts.rest:
+        if not is_utf8(word):
+            raise UsageError(f"{printable(word)} is not UTF-8, and would be changed on its way into the guest",
+                             "Copy the file with kodemachine cp, and name it with a pattern.")
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power is not Power.STARTED:
         raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {opts.label}")
-    code, out, err = vm.run(opts.rest, 0 if opts.input else None)
+    data = sys.stdin.buffer.read(EXEC_INPUT + 1) if opts.input else b""
+    if len(data) > EXEC_INPUT:
+        raise UsageError(f"--input takes at most {size_text(EXEC_INPUT)}",
+                         f"Copy the file first: kodemachine cp FILE {opts.label}:")
+    code, out, err = vm.run(opts.rest, data)
     ctx.out.raw(out, err)
     return code
 
@@ -4673,7 +4998,9 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
         with ctx.manager.holding(label):        # says at once, and in our words, what scp could only guess
             pinned = ctx.manager.running(label)[2] and pinned
     ctx.out.end_step()
-    options = as_words(ctx.manager.handoff.name_options(pinned))
+    handoff = ctx.manager.handoff
+    keep_alive = handoff.keep_alive(ctx.manager.settings.prefix + labels[0])
+    options = as_words({**handoff.name_options(pinned), **keep_alive})
     become(["scp", *["-r"] * opts.recursive, "-3", *options, "--", *operands])
 
 
@@ -4731,6 +5058,8 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
         if stat.S_ISSOCK(os.fstat(1).st_mode):      # ProxyUseFdpass: ssh takes the socket itself
             with socket.socket(fileno=os.dup(1)) as ssh:
                 socket.send_fds(ssh, [b"\0"], [connection.fileno()])
+                # macOS may discard a socket in flight whose sender has gone. ssh closes its end when it has it.
+                select.select([ssh], [], [], FDPASS_LIMIT)
             return 0
         connection.setblocking(False)
 
@@ -4754,7 +5083,7 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
     if opts.as_json + opts.labels_only + bool(opts.format) > 1:
         raise UsageError("one of -q, --json and --format at a time", "See: kodemachine help list")
     manager, out = ctx.manager, ctx.out
-    rows = manager.utm.rows(tolerant=True)
+    rows = manager.utm.rows(partial=True)
     shown = list(rows) if opts.all else manager.clones(rows)
     if opts.format:
         out.json(inventory(manager, manager.clones(rows)))
@@ -4843,7 +5172,7 @@ def machine_facts(ctx: Context, text: str) -> dict[str, Any]:
 def installation_facts(ctx: Context) -> dict[str, Any]:
     """The program, UTM, the image that a new clone comes from, and how many machines are in which state."""
     manager = ctx.manager
-    rows = manager.utm.rows()
+    rows = manager.utm.rows(partial=True)
     version = manager.utm.call("version", limit=LIMITS["status"])
     try:
         base: str | None = manager.base(rows, None).name
@@ -4878,7 +5207,7 @@ def cmd_ip(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-@command("attach", LABEL_ARG, option("--index", type=int, metavar="N", help="the N-th serial port, from 0"),
+@command("attach", LABEL_ARG, option("--index", type=port_index, metavar="N", help="the N-th serial port, from 0"),
          option("--log", metavar="FILE", help="also append what the guest says to FILE"),
          option("--escape", default="ctrl-]", metavar="KEY", help="the key that leaves, or none (ctrl-])"),
          option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"),
@@ -5104,7 +5433,7 @@ def disk_size(text: str) -> int:
 def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     """the images, which one new machines come from, and how many were cloned from each"""
     manager = ctx.manager
-    rows = manager.utm.rows(tolerant=True)
+    rows = manager.utm.rows(partial=True)
     records = manager.state.records()
     origins = [image_of(records.get(row.uuid, {})).get("uuid") for row in manager.clones(rows)]
     machines = manager.survey(manager.images(rows), ip=False)
