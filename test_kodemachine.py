@@ -523,7 +523,7 @@ class Guest:
         'END { exit !found }\' "$ROOT/etc/passwd";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
         "chown": "",
         "fstrim": "",
-        "sync": "",
+        "sync": ': >"$ROOT/run/synced"',
     }
     INSIDE = r"(?<![\w.}])/(etc|proc|var|root|home|run|tmp|boot|lib|mnt|opt|srv|sys|usr/(?!s?bin\b)\w+)\b"
     PROGRAM = r"(?<![\w.}])/(?:usr/)?s?bin/([\w-]+)"
@@ -1132,8 +1132,8 @@ class AppleScript:
     # UTM's dictionary, as far as it is used: properties of machines, of records and of what they hold, and constants.
     PROPERTIES = (
         "id", "name", "icon", "status", "backend", "configuration", "memory", "cpu cores", "drives", "displays",
-        "network interfaces", "serial ports", "interface", "address", "port", "host size", "removable", "exited", "exit code",
-        "signal code", "output data", "error data", "output text", "error text", "class SrPt",
+        "network interfaces", "serial ports", "interface", "address", "port", "host size", "removable", "exited",
+        "exit code", "signal code", "output data", "error data", "output text", "error text", "class SrPt",
     )  # fmt: skip
     CONSTANTS = ("qemu", "apple", "unavailable", "ptty", "tcp", "shared", "host", "bridged", "emulated")
     KEYS = (*PROPERTIES, "architecture", "hypervisor", "uefi", "source", "mode")  # of a record that is written down
@@ -1191,7 +1191,8 @@ class AppleScript:
 
     def nest(self, end: Sequence[str], at: int) -> list[Any]:
         """The statements from line `at` on, up to the line `end`; those with a body are (line, [(line, body), ...])."""
-        found, self.at = [], at
+        found: list[Any] = []
+        self.at = at
         while self.at < len(self.lines):
             line = self.lines[self.at]
             if line == end:
@@ -1216,7 +1217,7 @@ class AppleScript:
                 parts.append((branch, self.nest(["end", opens], self.at + 1)))
             self.at += 1
             found.append((line, parts))
-        return self.misunderstood(["the end of the script"])
+        raise self.misunderstood(["the end of the script"])
 
     def check(self, line: Sequence[str]) -> None:
         """A simple statement is one of those that are known."""
@@ -2383,7 +2384,8 @@ class FakeTest(Case):
         self.utm.option(version="5.0.8")
         result = self.utmctl("attach", "x", "--index", "a")
         self.assertEqual(result.code, 64)
-        self.assertIn("Error: The value 'a' is invalid for '--index <index>'\nHelp:  --index <index>  Index", result.err)
+        help_line = "Help:  --index <index>  Index"
+        self.assertIn(f"Error: The value 'a' is invalid for '--index <index>'\n{help_line}", result.err)
         self.assertIn("Did you mean '--attach'?", self.utmctl("start", "x", "--detach").err)
 
     def test_an_old_utmctl_does_not_know_version(self) -> None:
@@ -2742,8 +2744,8 @@ class FakeTest(Case):
         self.assertIn("Not authorized to send Apple events to UTM. (-1743)", self.osascript(kodemachine.HARDWARE).err)
 
     def test_what_the_scripts_do_not_use_is_a_syntax_error(self) -> None:
-        for line in ("activate", "set given to 1", "set address to 1", "repeat while true", "set x to 1\nend if", "beep 3",
-                     "make new document"):  # fmt: skip
+        for line in ("activate", "set given to 1", "set address to 1", "repeat while true", "set x to 1\nend if",
+                     "beep 3", "make new document"):  # fmt: skip
             with self.subTest(line):
                 result = self.run_lines(line)
                 self.assertEqual((result.code, result.out), (1, ""))
@@ -2757,10 +2759,10 @@ class FakeTest(Case):
         vm = 'set vm to virtual machine id (item 1 of argv)'
         config = "set config to configuration of vm"
         for wrong, right, number in (
-            ([config, "return count of (serial ports of config)"], [config, "return count of (\u00abclass SrPt\u00bb of config)"],
-             -1728),
-            (["return count of (displays of (configuration of vm))"], [config, "set d to displays of config", "return count of d"],
-             -1728),
+            ([config, "return count of (serial ports of config)"],
+             [config, "return count of (\u00abclass SrPt\u00bb of config)"], -1728),
+            (["return count of (displays of (configuration of vm))"],
+             [config, "set d to displays of config", "return count of d"], -1728),
             ([config, "update configuration of vm with config"],
              [config, 'set icon of config to ""', "update configuration of vm with config", "return 1"], -2700),
             ([config, 'set notes of config to ""'], [config, 'set icon of config to ""', "return 1"], -10006),
@@ -2773,17 +2775,20 @@ class FakeTest(Case):
                 self.assertEqual(self.run_lines(vm, *right, args=[uuid]), (0, "1\n", ""))
 
     def test_a_drive_that_is_left_out_of_a_record_is_removed(self) -> None:
-        uuid = self.utm.add("km-a", drives=[{"id": "A", "removable": False, "size": 9}, {"id": "B", "removable": False, "size": 1}])
+        drives = [{"id": name, "removable": False, "size": 9} for name in "AB"]
+        uuid = self.utm.add("km-a", drives=drives)
         self.assertEqual(self.osascript(kodemachine.DETACH, uuid), (0, "1 A A\n", ""))
         self.assertEqual([drive["id"] for drive in self.utm.machine(uuid)["drives"]], ["A"])
 
     def test_the_result_of_a_guest_command_is_told_once_and_without_empty_texts(self) -> None:
         uuid = self.utm.add("km-a", status="started")
-        run = ["set vm to virtual machine id (item 1 of argv)", 'set p to execute vm at "sh" with arguments {"-c", item 2 of argv} output capturing true']
+        run = ["set vm to virtual machine id (item 1 of argv)",
+               'set p to execute vm at "sh" with arguments {"-c", item 2 of argv} output capturing true']  # fmt: skip
         loop = ["repeat", "set r to get result p", "if exited of r then exit repeat", "delay 0.02", "end repeat"]
         said = self.run_lines(*run, "set r to get result p", "return exited of r", args=[uuid, "sleep 1"])
         self.assertEqual(said, (0, "false\n", ""))
-        said = self.run_lines(*run, *loop, 'return output text of r & (exit code of r) & (signal code of r)', args=[uuid, "echo x; exit 3"])
+        told = "return output text of r & (exit code of r) & (signal code of r)"
+        said = self.run_lines(*run, *loop, told, args=[uuid, "echo x; exit 3"])
         self.assertEqual(said, (0, "x\n30\n", ""))
         said = self.run_lines(*run, *loop, "return signal code of r", args=[uuid, "kill -9 $$"])
         self.assertEqual(said, (0, "9\n", ""))
@@ -2941,7 +2946,8 @@ class PureTest(unittest.TestCase):
         ]
         for rows, errors, outcome, whole, named in table:
             with self.subTest(rows=rows, errors=errors, outcome=outcome):
-                listing = kodemachine.judge_list(Reply("list", outcome, 0, Utmctl.HEADER + rows, "", (-1712,) * errors, 0.0))
+                reply = Reply("list", outcome, 0, Utmctl.HEADER + rows, "", (-1712,) * errors, 0.0)
+                listing = kodemachine.judge_list(reply)
                 self.assertEqual((listing.whole, listing.named), (whole, named))
 
     def test_the_likeliest_address_comes_first(self) -> None:
@@ -3383,7 +3389,8 @@ class CallTest(SpawnCase):
 
     def test_an_endless_answer_is_neither_kept_nor_waited_for(self) -> None:
         self.script("exec cat /dev/zero")
-        self.spawn(code=6, patience={"LOOK_LIMIT": 0.6, "LIMITS": {**kodemachine.LIMITS, "list": 0.3}, "MAX_ANSWER": 1 << 20})
+        limits = {**kodemachine.LIMITS, "list": 0.3}
+        self.spawn(code=6, patience={"LOOK_LIMIT": 0.6, "LIMITS": limits, "MAX_ANSWER": 1 << 20})
 
     def test_a_guest_with_a_thousand_addresses_is_still_reached(self) -> None:
         others = [f"127.{n}.0.1" for n in range(1, 255)] + [f"fe80::{n}" for n in range(750)]
@@ -3481,7 +3488,7 @@ class LookTest(SpawnCase):
         broken = self.utm.add("two\nlines")
         before = len(self.utm.calls("list"))
         err = self.spawn().err
-        self.assertIn(f"UTM's list has a row that cannot be read: '{broken} stopped two'. A machine's name may have", err)
+        self.assertIn(f"UTM's list has a row that cannot be read: '{broken} stopped two'. A machine's name may", err)
         self.assertEqual(len(self.utm.calls("list")), before + 3)
         self.spawn("stop", "alpha")
         for words in (["start", "-d", "beta"], ["delete", "alpha"], ["purge", "-y"], ["status", "beta"],
@@ -4000,6 +4007,51 @@ class FaultTest(SpawnCase):
                 self.assertEqual(len(self.utm.calls("clone")), before + calls)
                 self.remove("km-alpha")
 
+    def test_a_copy_that_was_cut_short_is_named_and_never_started(self) -> None:
+        """Contract 3.3 and 10.12: UTM ignores errors while it copies, and lists half a bundle after it quit."""
+        for partial, name, code in (("short", "km-alpha", 1), ("half", "kodeimage-v0.2.0", 1)):
+            with self.subTest(partial):
+                self.use(clone_timeout=4)
+                started = len(self.utm.calls("start"))
+                self.utm.fault("clone", partial=partial, error=-609, when="after", times=1)
+                err = self.spawn("start", "-d", "alpha", code=code).err
+                [half] = [vm for vm in self.utm.machines() if vm["drives"][0]["size"] == 1]
+                self.assertEqual(half["name"], name)
+                words = f"{name} ({half['uuid']}) is an incomplete copy and cannot be used: a drive has 1 of 331 MiB"
+                for repeated in (err, self.spawn("start", "-d", "alpha", code=code).err):
+                    self.assertIn(words, repeated)
+                self.assertIn(words.partition(" and")[0], self.spawn("doctor", code=1).out)
+                self.assertEqual(len(self.utm.calls("start")), started)
+                [remedy] = re.findall(r"(?m)^  Delete it: (.*)$", err)
+                self.assertEqual(self.run_program(["sh", "-c", remedy]).code, 0)
+                self.spawn("start", "-d", "alpha")
+                self.assert_machines("km-alpha")
+                self.remove("km-alpha")
+
+    def test_copies_of_clones_and_images_are_whole_before_they_are_used(self) -> None:
+        self.spawn("start", "-d", "alpha")
+        self.spawn("stop", "alpha")
+        self.utm.fault("clone", partial="short")
+        self.assertIn("km-beta", self.spawn("clone", "alpha", "beta", code=1).err)
+        self.assertIn("is an incomplete copy", self.spawn("start", "-d", "beta", code=1).err)
+        self.assertIn("is an incomplete copy", self.spawn("clone", "beta", "gamma", code=1).err)
+        self.spawn("delete", "beta")
+        self.utm.clear_faults()
+        self.spawn("clone", "alpha", "beta")
+        self.spawn("delete", "alpha")
+        self.spawn("start", "-d", "beta")       # it was compared while its original was there
+
+    def test_a_new_name_is_flushed_to_the_disk(self) -> None:
+        """A machine that is forced off within a minute would lose it, and its host keys."""
+        self.spawn()
+        self.assertTrue(os.path.exists(os.path.join(self.utm.guest("km-alpha"), "run", "synced")))
+
+    def test_an_image_with_an_icon_of_its_own_can_be_cloned(self) -> None:
+        self.utm.change(self.base, icon="my-own")
+        self.spawn()
+        self.assertEqual(self.utm.machine("km-alpha")["icon"], "my-own")
+        self.assertNotEqual(*(vm["macs"] for vm in self.utm.machines()))
+
     def test_clone_faults_that_leave_none(self) -> None:
         table: list[tuple[str, int, int, str, dict[str, Any]]] = [
             ("-10004 for ever", 5, 2, "Automation", {"error": -10004}),
@@ -4353,6 +4405,16 @@ class HandoffTest(SpawnCase):
         self.assertTrue(result.err.endswith("oops\n"), result.err)
         self.assertEqual(self.ours, [f"km-alpha {self.key}"])
         self.assertFalse(os.path.exists(self.theirs))
+
+    def test_a_session_whose_machine_is_gone_ends_unless_the_person_has_set_that(self) -> None:
+        self.spawn("alpha", "--", "true")
+        argv = self.utm.calls(tool="ssh")[-1]["argv"]
+        self.assertIn("ServerAliveInterval=10", argv)
+        self.assertIn("ServerAliveCountMax=3", argv)
+        with open(self.ssh_config, "a", encoding="utf-8") as file:
+            file.write("Host *\n  ServerAliveInterval 240\n")
+        self.spawn("alpha", "--", "true")
+        self.assertNotIn("ServerAlive", " ".join(self.utm.calls(tool="ssh")[-1]["argv"]))
 
     def test_words_are_joined_for_the_guests_shell_and_input_reaches_it(self) -> None:
         result = self.km("alpha", "--", "read", "x;", "echo", "a  b", "$x", "--", stdin="typed\n")
@@ -4957,7 +5019,7 @@ class ExecTest(Case):
         self.assertEqual(self.execute("wc", "-c", stdin="x" * kodemachine.EXEC_INPUT).out.strip(), str(256 << 10))
 
     def test_a_word_that_is_not_utf8_is_refused(self) -> None:
-        process = self.start_program([*map(os.fsencode, self.command("exec", "a", "--", "ls")), b"caf\xe9"])
+        process = self.start_program([*self.command("exec", "a", "--", "ls"), os.fsdecode(b"caf\xe9")])
         result = self.ended(process)
         self.assertEqual((result.code, self.utm.calls()), (2, []))
         self.assertIn("caf\ufffd is not UTF-8", result.err)
@@ -5058,6 +5120,21 @@ class ByNameTest(Case):
         said = self.by_name("ssh", "-o", "ProxyUseFdpass=no", "km-a", "echo here; exit 7")
         self.assertEqual(said[:2], (7, "here\n"))
         self.assertNoChildrenLeft()
+
+    def test_the_proxy_stays_until_ssh_has_taken_its_socket(self) -> None:
+        """macOS may discard a socket in flight whose sender has gone."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        proxy = subprocess.Popen(self.command("proxy", "km-a"), stdin=subprocess.DEVNULL, stdout=theirs.fileno(),
+                                 env=self.environment, cwd=self.home)
+        self.addCleanup(self._end, proxy)
+        theirs.close()
+        _, handles, _, _ = socket.recv_fds(ours, 1, 1)
+        with socket.socket(fileno=handles[0]) as connection:
+            self.assertEqual(connection.recv(4), b"SSH-")
+        self.assertIsNone(proxy.poll())
+        ours.close()
+        self.assertEqual(proxy.wait(60), 0)
 
     def test_a_changed_address_does_not_matter(self) -> None:
         first = self.utm.machine("km-a")["ips"]
@@ -7513,8 +7590,9 @@ class DoctorTest(FleetCase):
         self.assertEqual((level, message.partition(":")[0]), ("warning", "UTM does not report its version"))
         for version, expected, words in (
             ("5.0.3", "ok", "UTM 5.0.3$"), ("4.6.4", "error", "4.6.4 is too old"), ("4.6.5", "warning", "displays"),
-            ("4.7.0", "warning", "4.7.0 replaces"), ("4.7.1", "ok", "4.7.1 has no"), ("4.7.2", "error", "broken scripting"),
-            ("4.10", "ok", "4.10$"), ("5.0.9", "ok", "5.0.9$"), ("5.0.10", "ok", "newer than"),
+            ("4.7.0", "warning", "4.7.0 replaces"), ("4.7.1", "ok", "4.7.1 has no"),
+            ("4.7.2", "error", "broken scripting"), ("4.10", "ok", "4.10$"), ("5.0.9", "ok", "5.0.9$"),
+            ("5.0.10", "ok", "newer than"),
         ):  # fmt: skip
             utm.call.return_value = Reply("version", Verdict.DONE, 0, version + "\n", "", (), 0.1)
             [(level, message)] = said()
@@ -8937,6 +9015,13 @@ class CreateTest(FleetCase):
         self.image("kodeimage-v0.0.9")
         self.create()
         self.assertFalse(os.path.exists(os.path.join(self.home, ".config/kodemachine/config.json")))
+
+    def test_a_seed_on_a_removable_drive_would_not_be_found(self) -> None:
+        """Contract 7, Drives. The fake's cloud-init says so; the product's script makes an ordinary drive of it."""
+        made = kodemachine.MAKE.replace("{source:the_seed}", "{removable:true, source:the_seed}")
+        with mock.patch.object(self, "PATIENCE", {**self.PATIENCE, "MAKE": made}):
+            said = self.create(code=1)
+        self.assert_says(said, 1, "waiting for cloud-init: cloud-init has not found its seed")
 
     def test_the_seed_and_the_disk_are_what_cloud_init_and_utm_take(self) -> None:
         self.utm.fault("make", error=-2700, string="No room.")
