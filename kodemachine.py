@@ -3822,7 +3822,7 @@ class Creator:
             count, disk_before, disk = (reply.out.split() + ["", "", ""])[:3]
             if reply.outcome is Outcome.DONE and count == "1" and disk == disk_before:
                 return
-            if reply.outcome in (Outcome.DONE, Outcome.FAILED):
+            if reply.outcome is Outcome.FAILED or (reply.outcome is Outcome.DONE and count):
                 break
         problem = reply.sentence or f"it has {count or 'no'} drives"
         raise KodeError(f"UTM did not remove the seed from {vm.name}: {problem}",

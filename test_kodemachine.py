@@ -9480,6 +9480,7 @@ EXPECTED: tuple[tuple[str, set[int]], ...] = (
     ("rm/(list|status|stop|delete)/(-1743|no-app)", {0, 5}),    # at its end there is a warning, and ssh's status
     ("rm/(stop|delete)/.*", {0}),
     ("(exec|repin)/exec/(-1743|no-app)", {5}),
+    ("repin/exec/hang.*", {6}),
     ("(seal|seal-as|create)/exec/(-1743|no-app)", {5}),
     ("(seal|seal-as|create)/exec/.*", {0, 1, 6}),               # a lost answer is no success
     (".*/(exec|version)/(-1743|no-app)", {0}),                  # it goes without
@@ -9487,6 +9488,7 @@ EXPECTED: tuple[tuple[str, set[int]], ...] = (
     (".*/(-1743|no-app)", {5}),
     (".*/(clone|make)/(-1712-before|hang|SIG.*-before)", {6}),  # it may still come
     (".*/(clone|make)/(-2700.*|silent|garbage|unlisted)", {1}),
+    ("(clone|seal-as)/hardware/-2700.*", {0, 1}),               # the question for a copy's drives is repeated
     (".*/(hardware|configure|suspend|detach)/-2700.*", {1}),
     ("suspend-save/suspend/-1712-late", {0, 6}),
     ("suspend-save/suspend/.*-after", {6}),                     # paused, and perhaps saved
