@@ -122,7 +122,7 @@ RUN_AGAIN = "the same command, run again, takes it from there"
 MORE_TIME = "allow more time: --timeout of start and ssh, or boot_timeout in the configuration"
 LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
                  "System Settings > Privacy & Security > Local Network, then start it anew.")
-LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: kodemachine list -a"
+LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: utmctl list"
 MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
                "network address of its own from the start.")
 
@@ -1274,7 +1274,7 @@ on run argv
   set pieces to (item 2 of argv) as integer
   set input_data to ""
   repeat with n from 3 to (2 + pieces)
-    set input_data to input_data & item n of argv
+    set input_data to input_data & item (n) of argv
   end repeat
   set program to item (3 + pieces) of argv
   set words_of_it to {}
@@ -2377,13 +2377,14 @@ class Cloner:
                 which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
                 raise WrongState(f"more than one machine may be the new {name}: {which}",
                                  f"Name one of them {name} in UTM, and delete or rename the others.")
+            if ended and settled and len(half) == 1 and half[0].power is Power.STOPPED:
+                self._must_be_whole(half[0], intent, found)
             if ended and settled and half and (orphaned or not limit):
                 raise WrongState(f"{half[0].name} ({half[0].uuid}) may be what an earlier run began to clone to {name}",
                                  f"If so, rename it to {name} in UTM; if not, give it another name.")
             if ended and settled and half and half[0].power is Power.STOPPED:
                 if renames == 3:
                     break
-                self._must_be_whole(half[0], intent, found)
                 self._rename(half[0], name)
                 renames, since = renames + 1, time.monotonic()
             elif reply and not (named or half):
@@ -3091,6 +3092,7 @@ class Manager:
             if not force:
                 raise WrongState(f"{vm.name} is {vm.power.value}",
                                  f"Stop it first, or: kodemachine delete --force {self.label_of(vm.name)}")
+            self.utm.rows()         # without a complete list nothing is deleted: then it need not be off either
             vm.force_off()
         disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
         with self.fleet():
