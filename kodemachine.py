@@ -3,22 +3,31 @@
 
     kodemachine project-alpha       clone if missing, start, wait for ssh, become ssh
 
-This file is the whole program. It is installed as one file in ~/bin, compiled (a plain copy works, too), and started
-a hundred times a day, so it imports at the top only what every run needs; the rest is imported where it is used.
+This file is the whole program. It is installed as one file in ~/bin and started a hundred times a day. So it imports at
+the top only what every run needs; other modules are imported where they are used.
 
-It reads from top to bottom, and calls go the same way back, never up:
+The file reads from top to bottom: code uses only names that are defined above it. Its sections:
 
-    main -> cmd_* -> Manager -> VM -> Utmctl -> Call     one choke point to the world outside
-                  -> Sealer, Creator, Doctor -> Manager
-                  -> Console, Out
+     1  docstring, imports, version         13  sizes on disk
+     2  errors, signals                     14  ssh options
+     3  text and numbers                    15  Manager: find or clone, start, stop, delete
+     4  files, locks, processes             16  images: Sealer, Creator
+     5  utmctl and osascript                17  doctor
+     6  configuration                       18  serial console
+     7  memory: Record, State, orders       19  terminal output
+     8  fleet: label rules, Fleet           20  commands
+     9  scripts that run elsewhere          21  parser
+    10  address and ssh port of a guest     22  completion, help, first screen
+    11  VM: one machine                     23  main
+    12  Maker: one way to make a machine
 
-What shapes it are five facts about utmctl, the command that comes with UTM ("contract N" in the text names
-the section of the notes on UTM's behaviour where a fact is shown from UTM's source):
+Five facts about utmctl, the command of UTM, shape the program. "contract N" names a section of the notes on UTM's
+behaviour, where a fact is shown from UTM's source:
 
 1. Exit status 0 does not mean success: a failed Apple Event is only reported on stderr (contract 0).
-2. "Virtual machine not found." does not mean that it is absent; only a clean list says so (contract 0).
-3. The words are translated by macOS, the numbers are not (contract 0). We read numbers.
-4. Ending utmctl cancels nothing in UTM (contract 0). After every action the state is read again.
+2. "Virtual machine not found." does not mean that the machine is absent; only a clean list says so (contract 0).
+3. macOS translates the words, and not the numbers (contract 0). The program reads numbers.
+4. To end utmctl cancels nothing in UTM (contract 0). The state is read again after every action.
 5. Names are not unique, and clone returns no UUID (contract 1.5, 3). After the first look a machine is its UUID.
 """
 from __future__ import annotations
@@ -48,89 +57,11 @@ if sys.version_info < (3, 9):       # noqa: UP036 (this very check is for the ol
 
 __version__ = "0.1.0"
 
-# ---- constants
-
-# Seconds that one call may take before it is ended (contract 10). The state is read afterwards in any case,
-# so a limit only bounds how long we listen. `clone` is bounded by its callers.
-LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "start": 30.0, "stop": 30.0,
-          "suspend": 60.0, "delete": 120.0, "osascript": 60.0, "ssh": 10.0}
-LOOK_LIMIT = 65.0       # for a clean list, all its repetitions together
-WARM_UP = 10.0          # an empty list is not believed before: UTM loads its machines with its window (contract 4)
-SETTLE = 10.0           # after a call that failed at once, until "nothing has changed" is believed
-UNCHANGED = 5.0         # for so long a half-renamed copy must stay as it is before its rename is completed
-ASK_AGAIN = 3.0         # after a start that left the machine stopped
-PRESS_AGAIN = 15.0      # after a power key that the guest may have been too young to hear
-FORCE_STAGE = 15.0      # for each stage of a forced stop
-DELETE_SETTLE = 20.0    # until a deletion without an answer is asked for once more
-ADDRESS_LIMIT = 5.0     # for a guest's addresses in a list: its agent may hang (contract 5)
-UNIQUE_LIMIT = 30.0     # for comparing and changing network addresses
-GLANCE = 2.0            # for a look at the fleet that nobody has asked for: Tab, and the first screen
-TOOL_LIMIT = 120.0      # for curl's smaller errands, qemu-img and the like
-DOWNLOAD_LIMIT = 14400.0        # for an image, as long as it comes at all: curl sees to that
-CREATE_LIMIT = 900.0    # for a new machine's first boot, and then for cloud-init, which may install the guest agent
-SEAL_LIMIT = 300.0      # for the script that seals a machine, in which a disk is trimmed
-DISK_LIMIT = 3.0        # for reading bundles: macOS may hold the read until a person answers (contract 6)
-UNFINISHED = "unfinished-"      # before the name of an image that is being made: no image's name, and no clone's
-SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30     # bytes free on the volume, below which `doctor` warns, or fails
-FDPASS_LIMIT = 10.0     # for ssh to take the socket that it is handed
-GREETING = 3.0          # for an address to greet as an SSH server, before the connection is tried anew
-WIDTH = 8               # utmctl calls at the same time, and machines worked on at the same time
-EXEC_OUTPUT = 16 << 20  # bytes of each stream that the guest agent keeps (contract 5)
-EXEC_INPUT = 256 << 10  # bytes of input that a guest command takes: macOS limits all arguments of osascript to 1 MiB
-EXEC_PIECE = 96 << 10   # characters of that input in one argument: Linux, where the tests run, takes at most 128 KiB
-MAX_ANSWER = EXEC_OUTPUT * 4    # bytes that we keep of any stream: both of a guest's, in base64
-WHOLE = 0.9             # of the base's allocated size: a smaller drive was not copied to its end (contract 10.13)
-
-DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
-UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
-LIST_HEADER = "UUID" + " " * 33 + "Status" + " " * 3 + "Name"
-UUID = re.compile(r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}")
-LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
-PREFIX = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-")
-IMAGE = re.compile(r"kodeimage-v(\d+)\.(\d+)\.(\d+)")
-ISO_TIME = "%Y-%m-%dT%H:%M:%SZ"
-MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
-EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
-OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
-SCRIPT_ERROR = re.compile(r"(?:\d+:\d+: \S+ error: )?(?:UTM got an error: )?(.*) \((-\d+)\)")
-HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
-
-UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
-CURL = ("-fsSL", "--connect-timeout", "30", "--speed-limit", "1000", "--speed-time", "60")
-# What is called beside utmctl.
-PROGRAMS = ("osascript", "curl", "hdiutil", "xorriso", "genisoimage", "qemu-img", "sysctl", "ssh")
-
-# Every command and alias, those that are still to come included: a label that was once allowed stays allowed.
-RESERVED = frozenset({
-    "attach", "base", "clone", "completion", "config", "cp", "create", "delete", "doctor", "exec", "help", "info", "ip",
-    "list", "logs", "ls", "proxy", "prune", "purge", "restart", "resume", "rm", "shell", "snapshot", "ssh",
-    "ssh-config", "start", "status", "stop", "suspend", "version"})
-# What other tools call it, and what it is here. Those that are not reserved stay allowed as labels.
-ELSEWHERE = {
-    "boot": "start", "launch": "start", "create": "start", "new": "start", "run": "start", "up": "start",
-    "connect": "ssh", "enter": "ssh", "login": "ssh", "shell": "ssh", "down": "stop", "halt": "stop", "kill": "stop",
-    "poweroff": "stop", "reboot": "stop", "restart": "stop", "shutdown": "stop", "pause": "suspend", "save": "suspend",
-    "unpause": "resume", "destroy": "delete", "remove": "delete", "clean": "purge", "copy": "clone", "fork": "clone",
-    "snapshot": "clone", "console": "attach", "logs": "attach", "info": "status", "inspect": "status",
-    "show": "status", "ps": "list", "image": "base", "images": "base", "init": "base", "settings": "config",
-    "version": "--version"}
-
-NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
-               "Automation (for a fresh question: tccutil reset AppleEvents). It cannot work from an ssh session "
-               "or before somebody has logged in at the screen.")
-RUN_AGAIN = "the same command, run again, takes it from there"
-MORE_TIME = "allow more time: --timeout of start and ssh, or boot_timeout in the configuration"
-LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
-                 "System Settings > Privacy & Security > Local Network, then start it anew.")
-LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: utmctl list"
-MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
-               "network address of its own from the start.")
-
-# ---- errors
+# ---- errors, signals
 
 
 class KodeError(Exception):
-    """A failure that can be explained in a sentence; `hint` is what to do next."""
+    """A failure that one sentence explains; `hint` is what to do next."""
 
     status, slug = 1, "error"
 
@@ -140,52 +71,308 @@ class KodeError(Exception):
 
 
 class UsageError(KodeError):
-    """The command line or the configuration cannot be used as it is."""
+    """The command line or the configuration is not valid."""
 
     status, slug = 2, "usage"
 
 
 class NotFound(KodeError):
-    """No such machine or image, shown by a clean list."""
+    """A clean list has no such machine or image."""
 
     status, slug = 3, "not-found"
 
 
 class WrongState(KodeError):
-    """The machine is not in a state for that, or its name does not say which one is meant."""
+    """The machine's state does not allow that, or a name is ambiguous."""
 
     status, slug = 4, "wrong-state"
 
 
 class Busy(WrongState):
-    """Another kodemachine is at work on the machine."""
+    """Another kodemachine uses the machine."""
 
 
 class Unreachable(KodeError):
-    """UTM cannot be reached, or refuses us."""
+    """UTM cannot be reached, or refuses the request."""
 
     status, slug = 5, "utm-unreachable"
 
 
 class NotPermitted(Unreachable):
-    """macOS does not let us control UTM (-1743)."""
+    """macOS does not let this terminal control UTM (-1743)."""
 
 
 class TimedOut(KodeError):
-    """Our own deadline has passed."""
+    """A time limit of kodemachine has passed."""
 
     status, slug = 6, "timeout"
 
 
 class Interrupted(BaseException):
-    """A signal asked us to end; not an Exception, so that nothing but `main` takes it for a failure."""
+    """A signal asked the program to end. Not an Exception, so that only `main` handles it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-# ---- values
+class Interrupts:
+    """Turns the signals that end a program into one exception, and can delay it while a step must be complete."""
+
+    def __init__(self) -> None:
+        self._held = self._pending = 0
+
+    def install(self) -> None:
+        """Handles the signals, except those that the parent process made us ignore (nohup)."""
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._arrive)
+        sys.unraisablehook = self._dropped
+
+    def _arrive(self, number: int, _frame: object) -> None:
+        if self._held:
+            self._pending = self._pending or number
+        else:
+            # A second signal must not interrupt the clean-up.
+            self._held = 1
+            raise Interrupted(number)
+
+    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Python drops an exception that is raised in a finalizer. The interruption is then raised by the next call."""
+        if isinstance(dropped.exc_value, Interrupted):
+            self._held, self._pending = 0, dropped.exc_value.number
+        else:
+            sys.__unraisablehook__(dropped)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Delays signals until the block ends; then one that arrived is raised, unless the block failed."""
+        if threading.current_thread() is not threading.main_thread():
+            # Python delivers signals to the main thread only.
+            yield
+            return
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._pending and not self._held:
+            self._held = 1
+            raise Interrupted(self._pending)
+
+
+class Notes:
+    """The interface through which the lower layers report what they do. This one is silent."""
+
+    def step(self, text: str) -> None:
+        """A step has begun."""
+
+    def tick(self) -> None:
+        """Time passes."""
+
+    def progress(self, text: str) -> None:
+        """The current step has made progress."""
+
+    def warn(self, text: str) -> None:
+        """Something went wrong that does not stop the work."""
+
+    def trace(self, text: str) -> None:
+        """A call to another program has ended."""
+
+
+def poll(limit: float, tick: Callable[[], None], first: float = 0.1, longest: float = 1.0) -> Iterator[float]:
+    """The only wait loop: yields the seconds left, at least once, with growing pauses, until `limit` has passed."""
+    deadline = time.monotonic() + limit
+    pause = first
+    while True:
+        left = deadline - time.monotonic()
+        yield max(left, 0.0)
+        if left <= 0:
+            return
+        until = min(time.monotonic() + pause, deadline)
+        while time.monotonic() < until:
+            tick()
+            time.sleep(max(0.0, min(0.2, until - time.monotonic())))
+        pause = min(pause * 1.5, longest)
+
+
+# ---- text and numbers
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: names and errors may come from a hostile guest."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a word of the command line was valid UTF-8. Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def one_edit(word: str, other: str) -> bool:
+    """Whether one insertion, removal, change or swap of neighbours turns one word into the other."""
+    if len(word) > len(other):
+        word, other = other, word
+    if len(other) - len(word) > 1 or word == other:
+        return False
+    i = next((i for i, (a, b) in enumerate(zip(word, other)) if a != b), len(word))
+    if len(word) < len(other):
+        return word[i:] == other[i + 1:]
+    if word[i + 1:] == other[i + 1:]:
+        return True
+    return word[i:i + 2] == other[i:i + 2][::-1] and word[i + 2:] == other[i + 2:]
+
+
+def size_text(size: int | None) -> str:
+    """Bytes for a person: 0B, 512M, 4.2G."""
+    if size is None:
+        return "-"
+    value, unit = float(size), "B"
+    for unit in "BKMGT":
+        if value < 1000 or unit == "T":
+            break
+        value /= 1024
+    if unit != "B" and value < 9.95:
+        return f"{value:.1f}{unit}"
+    return f"{value:.0f}{unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4G`, `512M`, `2048` (MiB without a unit, as in UTM). Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(text)
+    power = " KMGT".index(match.group(2).upper() or "M")
+    return int(float(match.group(1)) * 1024 ** power)
+
+
+def parse_age(text: str) -> float:
+    """Seconds of `90s`, `30m`, `12h`, `7d`, `2w`. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text.strip())
+    if not match:
+        raise ValueError(text)
+    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
+
+
+def age_of(created: str) -> float | None:
+    """Seconds since an ISO time in UTC; None if it cannot be read."""
+    import datetime  # strptime would load three more modules
+
+    try:
+        made = datetime.datetime.fromisoformat(created.replace("Z", "+00:00"))
+        return max(0.0, time.time() - made.timestamp())
+    except (ValueError, OverflowError):
+        return None
+
+
+def age_text(seconds: float | None) -> str:
+    """An age for a person: 5s, 12m, 3h, 9d."""
+    if seconds is None:
+        return "-"
+    for limit, unit, size in ((60, "s", 1), (3600, "m", 60), (2 * 86400, "h", 3600)):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86400)}d"
+
+
+def iso_time(when: float) -> str:
+    """A time in seconds since the epoch, as it is recorded: ISO 8601, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+
+
+# ---- files, locks, processes
+
+RUN_AGAIN = "Fix that and run the command again."
+
+
+@contextlib.contextmanager
+def explained(path: str, hint: str = RUN_AGAIN) -> Iterator[None]:
+    """Turns an OSError of the block into a KodeError that names the path."""
+    try:
+        yield
+    except OSError as failure:
+        raise KodeError(f"{path}: {failure.strerror or failure}", hint) from None
+
+
+def make_folder(path: str) -> None:
+    """Makes a private folder if it is missing. Raises KodeError if it belongs to another user."""
+    above = os.path.dirname(path) or "."
+    # makedirs would give it the umask's mode.
+    if not os.path.isdir(above):
+        make_folder(above)
+    with explained(path, f"To see its owner and mode: ls -ld {shlex.quote(above)}"):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        owner = os.stat(path).st_uid
+    if owner != os.geteuid():
+        raise KodeError(f"{path} belongs to another user", "Remove it, or change its owner (chown).")
+
+
+def write_file(path: str, text: str) -> None:
+    """Replaces a file as a whole: written beside it, synced, renamed; 0600 in a 0700 folder. Callers hold a lock.
+
+    Raises KodeError.
+    """
+    # A configuration may be in a folder that several users share.
+    if not os.path.isdir(os.path.dirname(path)):
+        make_folder(os.path.dirname(path))
+    # Always the same name, so that nothing piles up after a kill -9.
+    beside = path + ".new"
+    try:
+        with explained(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
+            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
+                os.fchmod(handle, 0o600)
+                file.write(text)
+                file.flush()
+                os.fsync(handle)
+            os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def read_text(path: str, errors: str = "replace") -> str | None:
+    """The text of a regular file of at most 16 MiB; None if it is missing. Raises OSError, never blocks on a fifo.
+
+    `errors`: how bytes that are not UTF-8 are read; with "surrogateescape", write_file writes them unchanged.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(handle, "rb") as file:
+        return file.read(16 << 20).decode("utf-8", errors)
+
+
+def is_locked(path: str) -> bool:
+    """Whether a process holds a lock on that file. Nothing is made or written."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+# ---- utmctl and osascript
 
 
 class Power(enum.Enum):
@@ -204,20 +391,30 @@ class Power(enum.Enum):
     def _missing_(cls, value: object) -> Power:
         return cls.UNKNOWN
 
+    @property
+    def word(self) -> str:
+        """The word that people and programs see: UTM's own, but `running` for started."""
+        if self is Power.STARTED:
+            return "running"
+        return str(self.value)
+
 
 class Outcome(enum.Enum):
-    """What became of one call, as far as the call itself can tell."""
+    """The result of one call, as far as the call itself shows it."""
 
     DONE = "done"
     TRANSIENT = "transient"     # -1712, -10004, -609, -600, ...: it may or may not have happened
     REFUSED = "refused"         # -1743
     FAILED = "failed"           # -2700 and the like: UTM says why
-    MISSING = "not found"       # or not allowed, or not ready: utmctl silences the reason (contract 0)
+    MISSING = "not found"       # or not allowed, or not ready: utmctl hides the reason (contract 0)
     NO_APP = "no application"
-    USAGE = "usage"             # a utmctl that does not know that command
+    USAGE = "usage"             # utmctl does not know the command
     CRASHED = "crashed"
     HUNG = "hung"
-    ENDED = "ended"             # by us: its answer was not wanted any more
+    ENDED = "ended"             # by kodemachine, which no longer needed the answer
+
+
+SCRIPT_ERROR = re.compile(r"(?:\d+:\d+: \S+ error: )?(?:UTM got an error: )?(.*) \((-\d+)\)")
 
 
 class Reply(NamedTuple):
@@ -233,15 +430,18 @@ class Reply(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """UTM's own words, from stderr, or utmctl's about a usage error; without any, the error's number."""
+        """UTM's own words on stderr, or utmctl's about a usage error; without any, the error's number."""
         own = ("Error from event: ", "NOTE: ", "WARNING: ")
         lines = [line.strip() for line in self.err.splitlines() if line.strip() and not line.startswith(own)]
         if self.outcome is Outcome.USAGE:
-            lines = [line for line in lines if line.startswith("Error: ")]      # its usage and a hint follow
+            # The usage and a hint follow.
+            lines = [line for line in lines if line.startswith("Error: ")]
         if not lines:
             return f"error {self.numbers[-1]}" if any(self.numbers) else ""
-        script = SCRIPT_ERROR.fullmatch(lines[-1]) if self.verb == "osascript" else None
-        return script.group(1) if script else lines[-1].removeprefix("Error: ")
+        script = SCRIPT_ERROR.fullmatch(lines[-1])
+        if self.verb == "osascript" and script:
+            return script.group(1)
+        return lines[-1].removeprefix("Error: ")
 
 
 class Row(NamedTuple):
@@ -253,7 +453,7 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The rows of one list. `whole`: nothing was amiss. `named`: all UUIDs and names are known, if not all states.
+    """The rows of one list. `whole`: no error. `named`: all UUIDs and names are known, if not all states.
     `broken`: the first row that cannot be read, if there is one."""
 
     rows: list[Row]
@@ -262,121 +462,82 @@ class Listing(NamedTuple):
     broken: str
 
 
+LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: utmctl list"
+
+
 class Rows(list[Row]):
-    """The machines of a list. Where a row is `broken`, nothing can be concluded from the absence of a machine."""
+    """The machines of a list. If a row is `broken`, the absence of a machine proves nothing."""
 
     def __init__(self, rows: Iterable[Row], broken: str = "") -> None:
         super().__init__(rows)
         self.broken = broken
 
     def must_be_complete(self) -> None:
-        """Raises KodeError if a row cannot be read: a machine that is not shown may be there all the same."""
+        """Raises KodeError if a row cannot be read: a machine that is not shown may exist all the same."""
         if self.broken:
-            raise KodeError("UTM's list has a row that cannot be read, so it does not show whether a machine is there: "
+            raise KodeError("UTM's list has a row that cannot be read, so it does not show whether a machine exists: "
                             + repr(self.broken), LINE_BREAK)
 
 
 class Hardware(NamedTuple):
-    """What UTM's configuration has of one machine: MAC addresses (`?` where UTM reports none), and the allocated MiB
-    of each drive that is not removable, rounded down. `known`: UTM has reported them."""
+    """A machine's hardware as UTM configures it: MAC addresses (`?` for one that UTM does not report), and the
+    allocated MiB of each drive that is not removable, rounded down. `known`: UTM has reported them."""
 
     macs: list[str]
     drives: list[int]
     known: bool = True
 
 
-class Disk(NamedTuple):
-    """What the bundle on disk tells; None where it cannot be had. All in bytes."""
+UUID = re.compile(r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}")
+MAC = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}")
+LIST_HEADER = "UUID" + " " * 33 + "Status" + " " * 3 + "Name"
+# The row of a machine that was deleted while UTM listed it begins so.
+BLANK_ROW = " " * 36
+EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
+OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
+# The programs that are called beside utmctl.
+PROGRAMS = ("osascript", "curl", "hdiutil", "sysctl", "ssh", "ssh-add")
 
-    memory: int | None = None
-    size: int | None = None
-    frees: int | None = None
-
-
-class Machine(NamedTuple):
-    """One machine as `list` and `status` show it: the keys of --json, in this order."""
-
-    label: str | None
-    name: str
-    uuid: str
-    status: str
-    ip: str | None
-    image: str | None
-    memory: int | None
-    size: int | None
-    frees: int | None
-    created: str | None
-
-
-class Wishes(NamedTuple):
-    """What the person asked of a start. `memory` in MiB, `timeout` in seconds; None: as it is."""
-
-    base: str | None = None
-    cpus: int | None = None
-    memory: int | None = None
-    disposable: bool = False
-    gui: bool = False
-    timeout: float | None = None
-    only_new: bool = False      # --rm: the machine must not exist yet
-    may_clone: bool = True
-    bare: bool = False          # the label stood alone on the command line, where a command may be meant
-    afterwards: str = RUN_AGAIN     # what to tell a person who interrupts the cloning
-
-
-class Notes:
-    """Where the layers below the command line say what they do; this one keeps silent."""
-
-    def step(self, text: str) -> None:
-        """A step has begun."""
-
-    def tick(self) -> None:
-        """Time passes."""
-
-    def progress(self, text: str) -> None:
-        """How far the step has come."""
-
-    def warn(self, text: str) -> None:
-        """Something the person should know, though it goes on."""
-
-    def trace(self, text: str) -> None:
-        """A call to the outside has ended."""
-
-
-# ---- pure helpers
-
-
-def printable(text: str) -> str:
-    """`text` without what a terminal would obey: names and errors may come from a hostile guest."""
-    if text.replace("\n", "").isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
+               "Automation. To be asked again: tccutil reset AppleEvents. It does not work from an ssh session or "
+               "before somebody has logged in at the screen.")
 
 
 def event_numbers(err: str) -> tuple[int, ...]:
-    """The OSStatus of each Apple Event error in utmctl's stderr; 0 where a line carries none."""
+    """The OSStatus of each Apple Event error in utmctl's stderr; 0 where a line has none."""
     found = (OSSTATUS.search(line) for line in EVENT_ERROR.findall(err))
     return tuple(int(match.group(1)) if match else 0 for match in found)
 
 
 def outcome_of(number: int) -> Outcome:
     """The class of an OSStatus (contract 4). An unknown one is transient: the state decides."""
-    return {-1743: Outcome.REFUSED, -2700: Outcome.FAILED, -1708: Outcome.FAILED, -1728: Outcome.MISSING,
-            -2741: Outcome.FAILED, -1719: Outcome.MISSING}.get(number, Outcome.TRANSIENT)
+    classes = {-1743: Outcome.REFUSED, -2700: Outcome.FAILED, -1708: Outcome.FAILED, -2741: Outcome.FAILED,
+               -1728: Outcome.MISSING, -1719: Outcome.MISSING}
+    return classes.get(number, Outcome.TRANSIENT)
 
 
-def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
-    """The outcome of a call to utmctl or one of PROGRAMS that has ended by itself, by its numbers.
-
-    With --hide an error of its own may precede a success (contract 4), so the last number counts; a refusal
-    counts wherever it stands.
-    """
-    if verb in PROGRAMS:
-        if code == 0:
-            return Outcome.DONE, ()
-        lines = err.strip().splitlines()[-1:] if verb == "osascript" else []
-        match = SCRIPT_ERROR.fullmatch(lines[0].strip()) if lines else None
+def classify_program(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
+    """The outcome of a call to one of PROGRAMS; osascript prints the number in its last line (contract 7)."""
+    if code == 0:
+        return Outcome.DONE, ()
+    number = 0
+    lines = err.strip().splitlines()
+    if verb == "osascript" and lines:
+        match = SCRIPT_ERROR.fullmatch(lines[-1].strip())
         number = int(match.group(2)) if match else 0
-        return (Outcome.CRASHED if code < 0 else outcome_of(number) if number else Outcome.FAILED), (number,)
+    if code < 0:
+        return Outcome.CRASHED, (number,)
+    if number:
+        return outcome_of(number), (number,)
+    return Outcome.FAILED, (number,)
+
+
+def classify_utmctl(code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
+    """The outcome of a call to utmctl.
+
+    With --hide an error of its own may precede a success (contract 4), so the last number counts. A refusal counts
+    wherever it appears.
+    """
     numbers = event_numbers(err)
     if -1743 in numbers:
         return Outcome.REFUSED, numbers
@@ -390,71 +551,63 @@ def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
         return Outcome.NO_APP, numbers
     if code == 1 and err.rstrip() == "Error: Virtual machine not found.":
         return Outcome.MISSING, numbers
-    return (Outcome.DONE if code == 0 else Outcome.FAILED), numbers
+    if code == 0:
+        return Outcome.DONE, numbers
+    return Outcome.FAILED, numbers
+
+
+def classify(verb: str, code: int, err: str) -> tuple[Outcome, tuple[int, ...]]:
+    """The outcome of a call that has ended by itself, and the numbers of its Apple Event errors."""
+    if verb in PROGRAMS:
+        return classify_program(verb, code, err)
+    return classify_utmctl(code, err)
 
 
 def was_not_heard(reply: Reply) -> bool:
-    """Whether UTM probably never took a request, which may be made once more if nothing has changed (contract 4)."""
-    return reply.outcome is Outcome.MISSING or \
-        (reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000))
+    """Whether UTM probably never got a request. It may be repeated if nothing has changed (contract 4)."""
+    if reply.outcome is Outcome.MISSING:
+        return True
+    return reply.outcome is Outcome.TRANSIENT and reply.numbers[-1] in (-10004, -609, -600, -10000)
 
 
 def parse_list(out: str) -> tuple[list[Row], str, bool]:
-    """The rows of `utmctl list`, cut by columns (contract 1.2); the first line that is not a row, and whether the
-    header and the UUIDs are as they should be.
+    """The rows of `utmctl list`, cut by columns (contract 1.2); the first line that is not a row; and whether the
+    header and the UUIDs are correct.
 
-    A line that is not a row, and not the blank one of a machine that has just gone, is the rest of the name before it:
-    so that name, too, cannot be read.
+    A line that is not a row is the rest of the name before it, so that name cannot be read either. The exception is the
+    blank row of a machine that has just been deleted.
     """
-    header, *lines = out.removesuffix("\n").split("\n")       # a name may contain what else splitlines() splits at
+    # A name may contain other characters at which splitlines() splits.
+    header, *lines = out.removesuffix("\n").split("\n")
     rows: list[Row] = []
     broken = ""
     for line in lines:
         if UUID.fullmatch(line[:36]) and line[36:37] == line[45:46] == " " and line[46:]:
             rows.append(Row(line[:36], Power(line[37:45].rstrip()), line[46:]))
-        elif rows and not line.startswith(" " * 36):
-            cut_name = rows.pop()
-            broken = broken or f"{cut_name.uuid} {cut_name.power.value} {cut_name.name}"
+        elif rows and not line.startswith(BLANK_ROW):
+            half = rows.pop()
+            broken = broken or f"{half.uuid} {half.power.value} {half.name}"
         else:
             broken = broken or line.strip() or "a row without a name"
-    return rows, broken, header == LIST_HEADER and len({row.uuid for row in rows}) == len(rows)
+    unique = len({row.uuid for row in rows}) == len(rows)
+    return rows, broken, header == LIST_HEADER and unique
 
 
 def judge_list(reply: Reply) -> Listing:
-    """How far a list can be believed. Each unknown state accounts for one error, and each blank row, of a machine that
-    has just gone, for three; any other error spoils it."""
+    """How far a list can be believed. Each unknown state accounts for one error, and each blank row for three; any
+    other error spoils the list."""
     rows, broken, sound = parse_list(reply.out)
     unknown = sum(row.power is Power.UNKNOWN for row in rows)
-    blank = sum(line.startswith(" " * 36) for line in reply.out.splitlines())
+    blank = sum(line.startswith(BLANK_ROW) for line in reply.out.splitlines())
     whole = sound and not broken and not unknown and reply.outcome is Outcome.DONE
     ended = reply.outcome not in (Outcome.HUNG, Outcome.CRASHED)
-    readable = sound and ended and bool(rows or broken) and len(reply.numbers) <= unknown + 3 * blank
+    accounted = len(reply.numbers) <= unknown + 3 * blank
+    readable = sound and ended and accounted and bool(rows or broken)
     return Listing(rows, whole, whole or (readable and not broken), broken if readable else "")
 
 
-def address_rank(address: str) -> int:
-    """0 for a likely address of the guest, 3 for one that is hardly reachable (contract 5)."""
-    if re.match(r"127\.|169\.254\.|fe80:", address):
-        return 3
-    if re.match(r"172\.(?:1[7-9]|2\d|3[01])\.|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7])\.", address):
-        return 2                    # container bridges, VPNs
-    return 1 if ":" in address else 0
-
-
-def parse_addresses(out: str) -> list[str]:
-    """The addresses in an answer of `ip-address`, at most 64, likeliest first; other lines are left out."""
-    import socket
-
-    def is_address(line: str) -> bool:      # all else, such as 999.1.1.1, would be looked up as a name
-        with contextlib.suppress(OSError, ValueError):
-            return bool(socket.inet_pton(socket.AF_INET6 if ":" in line else socket.AF_INET, line))
-        return False
-    lines = dict.fromkeys(line.strip() for line in out.splitlines())
-    return sorted(filter(is_address, lines), key=address_rank)[:64]     # each costs an open file
-
-
 def parse_hardware(out: str) -> dict[str, Hardware]:
-    """What HARDWARE reports, by UUID."""
+    """The answer to the script HARDWARE, by UUID."""
     found: dict[str, Hardware] = {}
     for uuid, key, value in re.findall(r"^(\S{36}) (\S+) ?(.*)$", out, re.MULTILINE):
         if key == "unknown":
@@ -468,10 +621,14 @@ def parse_hardware(out: str) -> dict[str, Hardware]:
     return found
 
 
-def missing_part(copy: Hardware, base: Hardware | None) -> str:
-    """What a copy lacks of its base, in words; nothing if it is whole (contract 10.13).
+# The share of the base's allocated size below which a drive was not copied to its end (contract 10.13).
+WHOLE = 0.9
 
-    With a base that is gone, a copy cannot be compared: then it must only have something on a drive.
+
+def missing_part(copy: Hardware, base: Hardware | None) -> str:
+    """The part of its base that a copy lacks, in words; empty if it is whole (contract 10.13).
+
+    If the base is gone, the sizes cannot be compared. Then the copy must only have something on a drive.
     """
     if base is None:
         return "" if any(copy.drives) else "its drives are empty"
@@ -483,311 +640,25 @@ def missing_part(copy: Hardware, base: Hardware | None) -> str:
     return ""
 
 
-def parse_host_keys(lines: Sequence[str]) -> list[str]:
-    """The host keys, as `type base64`, whose type stands inside them as well; a guest may send anything."""
-    import base64
-    import binascii
-
-    keys = []
-    for line in lines:
-        match = HOST_KEY.match(line)
-        if match and match.end() in (len(line), line.find(" ", match.end())):
-            kind = match.group(1).encode()
-            with contextlib.suppress(binascii.Error):
-                if base64.b64decode(match.group(2), validate=True).startswith(len(kind).to_bytes(4, "big") + kind):
-                    keys.append(f"{match.group(1)} {match.group(2)}")
-    return keys[:8]
-
-
-def fingerprint(key: str) -> str:
-    """A host key's fingerprint, as ssh prints it."""
-    import base64
-    import hashlib
-
-    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
-    return f"{key.split()[0]} SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
-
-
-def one_edit(word: str, other: str) -> bool:
-    """Whether one insertion, removal, change or swap of neighbours makes one of the other."""
-    if len(word) > len(other):
-        word, other = other, word
-    if len(other) - len(word) > 1 or word == other:
-        return False
-    i = next((i for i, (a, b) in enumerate(zip(word, other)) if a != b), len(word))
-    if len(word) < len(other):
-        return word[i:] == other[i + 1:]
-    return word[i + 1:] == other[i + 1:] or word[i:i + 2] == other[i:i + 2][::-1] and word[i + 2:] == other[i + 2:]
-
-
-def near_command(label: str) -> str | None:
-    """The command that was perhaps meant: as other tools call it, or of three letters or more and one edit away."""
-    words = sorted(RESERVED - {"proxy"})        # which is not for people
-    near = label if label in ELSEWHERE else next((w for w in words if len(w) >= 3 and one_edit(label, w)), None)
-    return near and ELSEWHERE.get(near, near)
-
-
-def near_label(label: str, labels: Iterable[str]) -> str | None:
-    """The one of `labels` that is one edit away, and not in a digit: web1 and web2 are both meant."""
-    def letters(text: str) -> str:
-        return re.sub(r"\d", "", text)
-    return next((other for other in labels if len(label) >= 4 and one_edit(label, other)
-                 and letters(label) != letters(other)), None)
-
-
-def size_text(size: int | None) -> str:
-    """Bytes for a person: 0B, 512M, 4.2G."""
-    if size is None:
-        return "-"
-    value, unit = float(size), "B"
-    for unit in "BKMGT":
-        if value < 1000 or unit == "T":
-            break
-        value /= 1024
-    return f"{value:.1f}{unit}" if unit != "B" and value < 9.95 else f"{value:.0f}{unit}"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `4G`, `512M`, `2048` (MiB when bare, as in UTM). Raises ValueError."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(text)
-    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or "M"))
-
-
-def parse_age(text: str) -> float:
-    """Seconds of `90s`, `30m`, `12h`, `7d`, `2w`. Raises ValueError."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text.strip())
-    if not match:
-        raise ValueError(text)
-    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match.group(2)]
-
-
-def age_of(created: str | None) -> float | None:
-    """Seconds since an ISO time in UTC, None if it is unknown."""
-    import datetime  # strptime would load three modules more
-
-    try:
-        made = datetime.datetime.fromisoformat(str(created).replace("Z", "+00:00"))
-        return max(0.0, time.time() - made.timestamp())
-    except (ValueError, OverflowError):
-        return None
-
-
-def age_text(seconds: float | None) -> str:
-    """An age for a person: 5s, 12m, 3h, 9d."""
-    if seconds is None:
-        return "-"
-    for limit, unit, size in ((60, "s", 1), (3600, "m", 60), (2 * 86400, "h", 3600)):
-        if seconds < limit:
-            return f"{int(seconds / size)}{unit}"
-    return f"{int(seconds / 86400)}d"
-
-
-def cells(text: str) -> int:
-    """Columns of a terminal that a text takes: some characters are two wide, and some stand on the one before."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
-def cut(text: str, room: int) -> str:
-    """As much of a text as fits into so many columns."""
-    while cells(text) > max(0, room):
-        text = text[:-1]
-    return text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
-          expendable: Sequence[str] = ()) -> str:
-    """Aligned columns. If they are wider than `width`, the expendable ones go until they fit: first those that tell
-    nothing, then in their order. What is too wide even so, is cut."""
-    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
-    empty = {name for name, *column in columns if set(column) <= {"-"}}
-    for name in sorted(expendable, key=lambda name: name not in empty):
-        if width is None or sum(max(map(cells, column)) + 2 for column in columns) - 2 <= width:
-            break
-        columns = [column for column in columns if column[0] != name]
-    widths = [max(map(cells, column)) for column in columns]
-    lines = ("  ".join(cell + " " * (room - cells(cell)) for cell, room in zip(line, widths)).rstrip()
-             for line in zip(*columns))
-    return "\n".join(lines if width is None else (cut(line, width) for line in lines))
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a word of the command line was valid UTF-8. Python keeps other bytes as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def iso_time(when: float) -> str:
-    """A time in seconds since the epoch as it is recorded: ISO 8601, UTC."""
-    return time.strftime(ISO_TIME, time.gmtime(when))
-
-
-def as_number(text: str) -> int | None:
-    """The number that a word is, None if it is none."""
-    return int(text) if re.fullmatch(r"\d{1,15}", text) else None
-
-
-def random_mac() -> str:
-    """A locally administered unicast address, made as UTM makes its own (contract 7)."""
-    first, *rest = os.urandom(6)
-    return ":".join(f"{byte:02X}" for byte in (first & 0xFC | 0x02, *rest))
-
-
-def attempts(limit: float, tick: Callable[[], None], first: float = 0.1, longest: float = 1.0) -> Iterator[float]:
-    """The one wait loop: yields the seconds left, with growing pauses between; at least once, until `limit` is over."""
-    deadline, pause = time.monotonic() + limit, first
-    while True:
-        left = deadline - time.monotonic()
-        yield max(left, 0.0)
-        until = min(time.monotonic() + pause, deadline)
-        if left <= 0:
-            return
-        while time.monotonic() < until:
-            tick()
-            time.sleep(max(0.0, min(0.2, until - time.monotonic())))
-        pause = min(pause * 1.5, longest)
-
-
-# ---- the outside: signals, files, children
-
-
-class Interrupts:
-    """The signals that end a program as one exception, once; held back while a step must not be cut in two."""
-
-    def __init__(self) -> None:
-        self._held = self._pending = 0
-
-    def install(self) -> None:
-        """Takes the signals over, except those that our parent had us ignore (nohup)."""
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._arrive)
-        sys.unraisablehook = self._dropped
-
-    def _arrive(self, number: int, _frame: object) -> None:
-        if self._held:
-            self._pending = self._pending or number
-        else:
-            self._held = 1          # a second signal cannot break the clean-up
-            raise Interrupted(number)
-
-    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
-        """What was raised in a finalizer, Python drops; an interruption then comes with the next call instead."""
-        if isinstance(dropped.exc_value, Interrupted):
-            self._held, self._pending = 0, dropped.exc_value.number
-        else:
-            sys.__unraisablehook__(dropped)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within this no signal interrupts; one that came is raised at the end, unless an error is on its way."""
-        if threading.current_thread() is not threading.main_thread():
-            yield               # Python delivers signals to the main thread only
-            return
-        self._held += 1
-        try:
-            yield
-        finally:
-            self._held -= 1
-        if self._pending and not self._held:
-            self._held = 1
-            raise Interrupted(self._pending)
-
-
-def write_file(path: str, data: str) -> None:
-    """Replaces a file as a whole: written beside, synced, renamed; 0600 in a 0700 folder. Callers hold a lock.
-
-    Raises KodeError.
-    """
-    if not os.path.isdir(os.path.dirname(path)):        # a configuration may lie in a folder that all share
-        make_folder(os.path.dirname(path))
-    beside = path + ".new"          # always the same, so that nothing piles up after a kill -9
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
-            os.fchmod(handle, 0o600)
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        os.replace(beside, path)
-    except BaseException as failure:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        if isinstance(failure, OSError):
-            raise KodeError(f"{path} cannot be written: {failure.strerror}",
-                            "Mend that, then run the same command again: it takes up where this one ended.") from None
-        raise
-
-
-def make_folder(path: str) -> None:
-    """A private folder of ours, made if it is missing. Raises KodeError if it belongs to somebody else."""
-    above = os.path.dirname(path) or "."
-    if not os.path.isdir(above):
-        make_folder(above)          # makedirs would give it the umask's mode
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        owner = os.stat(path).st_uid
-    except OSError as failure:
-        raise KodeError(f"{path}: {failure.strerror}", f"See what is there: ls -ld {shlex.quote(path)}") from None
-    if owner != os.geteuid():
-        raise KodeError(f"{path} belongs to another user", "Remove it, or set XDG_STATE_HOME to a folder of your own.")
-
-
-def read_text(path: str, errors: str = "replace") -> str | None:
-    """The text of a regular file of at most 16 MiB, None if there is none. Raises OSError, never blocks on a fifo.
-
-    `errors`: what becomes of what is not UTF-8; with "surrogateescape", write_file writes it as it was.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file")
-    with open(handle, "rb") as file:
-        return file.read(16 << 20).decode("utf-8", errors)
-
-
-def is_locked(path: str) -> bool:
-    """Whether somebody holds a lock on that file. It only looks: nothing is made or written."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
+# Bytes of each stream that the guest agent keeps (contract 5), and bytes that are kept of a child's stream, which has
+# both streams of a guest command in base64.
+EXEC_OUTPUT = 16 << 20
+MAX_ANSWER = EXEC_OUTPUT * 4
 
 
 class Call:
-    """A child of ours: stdin from null, both streams captured, in a session of its own so that Ctrl-C is ours.
+    """A child process: stdin from null, both streams captured, in a session of its own so that Ctrl-C is not its.
 
     It is ended, with all that it started, when its limit (seconds) has passed.
     """
 
     def __init__(self, verb: str, argv: Sequence[str], limit: float, tick: Callable[[], None],
-                 stdin: int = subprocess.DEVNULL, keep: Sequence[int] = ()) -> None:
+                 keep: Sequence[int] = ()) -> None:
         self.verb, self.argv, self._tick = verb, list(argv), tick
         self._began = time.monotonic()
         self._deadline = self._began + limit
-        self._child = subprocess.Popen(self.argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       start_new_session=True, pass_fds=tuple(keep))
+        self._child = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, start_new_session=True, pass_fds=tuple(keep))
         assert self._child.stdout and self._child.stderr
         self._pipes = [self._child.stdout, self._child.stderr]
         self._read = {pipe.fileno(): bytearray() for pipe in self._pipes}
@@ -796,22 +667,19 @@ class Call:
 
     @property
     def handles(self) -> list[int]:
-        """What to select on for news from the child."""
+        """The handles on which to wait for news from the child."""
         return list(self._open)
 
     def wait(self, seconds: float | None = None) -> Reply | None:
-        """The reply, or None if the call is still under way after `seconds` (None: up to its limit)."""
-        until = self._deadline if seconds is None else min(self._deadline, time.monotonic() + seconds)
+        """The reply, or None if the child still runs after `seconds` (None: up to its limit)."""
+        until = self._deadline
+        if seconds is not None:
+            until = min(until, time.monotonic() + seconds)
         while self.reply is None:
             left = until - time.monotonic()
-            if self._open:
-                for fd in select.select(list(self._open), [], [], max(0.0, min(left, 0.2)))[0]:
-                    self._take(fd)
-            else:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._child.wait(max(0.0, min(left, 0.2)))
-                    self._finish(None)
-                    continue
+            self._wait_for_news(max(0.0, min(left, 0.2)))
+            if self.reply:
+                break
             if time.monotonic() >= self._deadline:
                 self.end(Outcome.HUNG)
             elif left <= 0:
@@ -819,213 +687,312 @@ class Call:
             self._tick()
         return self.reply
 
-    def _take(self, fd: int) -> None:
-        data = os.read(fd, 1 << 16)
+    def _wait_for_news(self, seconds: float) -> None:
+        """Reads the streams while they are open; then waits for the end."""
+        if self._open:
+            for handle in select.select(list(self._open), [], [], seconds)[0]:
+                self._take(handle)
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(seconds)
+            self._finish(None)
+
+    def _take(self, handle: int) -> None:
+        data = os.read(handle, 1 << 16)
         if not data:
-            self._open.discard(fd)
-        elif len(self._read[fd]) < MAX_ANSWER:
-            self._read[fd] += data
+            self._open.discard(handle)
+        elif len(self._read[handle]) < MAX_ANSWER:
+            self._read[handle] += data
 
     def end(self, outcome: Outcome = Outcome.ENDED) -> None:
-        """Ends the child and its children at once, if they are still there; what UTM was asked goes on in UTM."""
+        """Ends the child and its children at once, if they still run. UTM continues with what it was asked for."""
         if self.reply is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
             self._finish(outcome)
 
-    def _finish(self, cut_off: Outcome | None) -> None:
+    def _finish(self, ended: Outcome | None) -> None:
         for pipe in self._pipes:
             pipe.close()
         code = self._child.returncode
         out, err = (data.decode("utf-8", "replace") for data in self._read.values())
         outcome, numbers = classify(self.verb, code, err)
         seconds = time.monotonic() - self._began
-        self.reply = Reply(self.verb, cut_off or outcome, code, out, err, numbers, seconds)
+        self.reply = Reply(self.verb, ended or outcome, code, out, err, numbers, seconds)
 
 
-# ---- state: what kodemachine remembers; losing it loses no machine
+def printed_argument(word: str) -> str:
+    """An argument as -v shows it: of a script its name, of a long word its beginning."""
+    if word.startswith("-- kodemachine: "):
+        return "(" + word.partition("\n")[0][len("-- kodemachine: "):] + ")"
+    if len(word) <= 80 and "\n" not in word:
+        return word
+    return word.partition("\n")[0][:40] + "..."
 
 
-class State:
-    """The state folder: records by UUID, pinned host keys, clone intents, locks; made when first needed."""
+# Seconds that one call may take before it is ended (contract 10). The state is read afterwards in any case, so a limit
+# only bounds how long kodemachine waits for the answer. `clone` is limited by its callers.
+LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "start": 30.0, "stop": 30.0, "suspend": 60.0,
+          "delete": 120.0, "version": 20.0, "osascript": 60.0, "ssh": 10.0, "ssh-add": 10.0}
+UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
+# Seconds for a clean list, all its repetitions together.
+LOOK_LIMIT = 65.0
+# Seconds before an empty list is believed: UTM loads its machines with its window (contract 4).
+WARM_UP = 10.0
+# Seconds for comparing and changing network addresses.
+UNIQUE_LIMIT = 30.0
+# The number of utmctl calls, and of machines, at the same time.
+WIDTH = 8
 
-    def __init__(self, folder: str, notes: Notes) -> None:
-        self.folder, self._notes = folder, notes
-        self.trouble = ""       # what is wrong with the records; said once
 
-    def path(self, *parts: str) -> str:
-        """A path in the state folder."""
-        return os.path.join(self.folder, *parts)
+class Utmctl:
+    """The only door to utmctl, osascript and PROGRAMS: finds them, limits every call, and judges its result."""
 
-    @contextlib.contextmanager
-    def lock(self, name: str, limit: float, *, wait: bool = True, what: str = "") -> Iterator[None]:
-        """Holds the flock `name`; it falls with the process, so a stale one heals by itself.
+    def __init__(self, configured: str | None, interrupts: Interrupts, notes: Notes) -> None:
+        self._configured, self._interrupts, self.notes = configured, interrupts, notes
+        self._found: dict[str, str] = {}
+        self._calls: set[Call] = set()
+        self._closed = self._warned = self._is_known_empty = False
 
-        Raises TimedOut, naming `what` it guards and the owner, after `limit` seconds, or Busy at once without `wait`.
+    def path(self, program: str = "utmctl") -> str:
+        """The path of a program. Of utmctl the real one: through a link UTM's sandbox does not find UTM (contract 4).
+
+        Raises Unreachable, or KodeError for a program other than utmctl and osascript.
         """
-        make_folder(self.folder)
-        make_folder(self.path("locks"))
+        if program not in self._found:
+            places = self._places(program)
+            usable = [place for place in map(os.path.expanduser, places)
+                      if os.path.isfile(place) and os.access(place, os.X_OK)]
+            if not usable:
+                raise self._no_program(program)
+            self._found[program] = os.path.realpath(usable[0]) if program == "utmctl" else usable[0]
+        return self._found[program]
+
+    def _places(self, program: str) -> list[str]:
+        if program == "utmctl" and self._configured:
+            return [self._configured]
+        on_path = shutil.which(program)
+        places = [on_path] if on_path else []
+        if program == "utmctl":
+            places += UTMCTL_PLACES
+        return places
+
+    def _no_program(self, program: str) -> KodeError:
+        if program == "osascript":
+            return Unreachable("osascript was not found", "It is a part of macOS: check that /usr/bin is on PATH.")
+        if program != "utmctl":
+            return KodeError(f"{program} was not found on PATH",
+                             "It is a part of macOS: check that /usr/bin and /usr/sbin are on PATH.")
+        where = f" at {self._configured}" if self._configured else ""
+        return Unreachable(f"utmctl was not found{where}", "Install UTM (brew install --cask utm), or set the path of "
+                           "its utmctl: kodemachine config set utmctl PATH")
+
+    def begin(self, verb: str, *args: str, limit: float | None = None, keep: Sequence[int] = ()) -> Call:
+        """Starts one call; `limit` in seconds (None: the verb's own), `keep`: handles that it inherits.
+
+        Raises Unreachable if it cannot be run.
+        """
+        argv = [self.path(verb), *args] if verb in PROGRAMS else [self.path(), verb, *args]
+        if limit is None:
+            limit = LIMITS[verb]
         try:
-            handle = os.open(self.path("locks", name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            # Between the child's birth and its entry here a signal would lose it.
+            with self._interrupts.held():
+                call = Call(verb, argv, limit, self.notes.tick, keep)
+                self._calls.add(call)
         except OSError as failure:
-            raise KodeError(f"{self.path('locks', name + '.lock')}: {failure.strerror}", "Remove it.") from None
+            if failure.errno == errno.E2BIG:
+                raise UsageError("the command line is too long", "Copy a script into the machine with kodemachine cp, "
+                                 "and run that.") from None
+            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}",
+                              "If it is not UTM's own: kodemachine config set utmctl PATH") from None
+        if self._closed:
+            call.end()
+            raise Interrupted(signal.SIGTERM)
+        return call
+
+    def finish(self, call: Call, seconds: float | None = None) -> Reply | None:
+        """The reply of a call, or None if it still runs after `seconds`."""
+        reply = call.wait(seconds)
+        if reply and call in self._calls:
+            self._calls.discard(call)
+            words = [printed_argument(arg) for arg in call.argv[1:]]
+            numbers = "".join(f" {number}" for number in reply.numbers)
+            self.notes.trace(f"{os.path.basename(call.argv[0])} {shlex.join(words)}: {reply.outcome.value}{numbers}, "
+                             f"exit {reply.code}, {reply.seconds:.2f} s")
+        return reply
+
+    def drop(self, call: Call | None) -> None:
+        """Ends a call whose answer is not needed any more."""
+        if call:
+            call.end()
+            self.finish(call)
+
+    def call(self, verb: str, *args: str, limit: float | None = None) -> Reply:
+        """The reply of one call; `limit` in seconds (None: the verb's own)."""
+        reply = self.finish(self.begin(verb, *args, limit=limit))
+        assert reply
+        return reply
+
+    def script(self, text: str, *args: str, limit: float | None = None) -> Reply:
+        """Runs an AppleScript. Unlike utmctl, osascript reports a failure by its exit status (contract 7)."""
+        return self.call("osascript", "-e", text, "--", *args, limit=limit)
+
+    def answers(self, *words: str, limit: float, first: float = 0.3, longest: float = 2.0) -> Iterator[Reply]:
+        """Asks a question again and again, for `limit` seconds. Raises Unreachable if no repetition can help."""
+        for _ in poll(limit, self.notes.tick, first, longest):
+            yield self.raise_for_refusal(self.call(*words))
+
+    def gather(self, calls: Sequence[tuple[str, ...]], limit: float) -> list[Reply]:
+        """The replies of many calls, at most WIDTH * 4 at the same time; `limit` in seconds for each."""
+        waiting = list(enumerate(calls))
+        active: dict[int, Call] = {}
+        replies: dict[int, Reply] = {}
+        while waiting or active:
+            while waiting and len(active) < WIDTH * 4:
+                i, words = waiting.pop(0)
+                active[i] = self.begin(*words, limit=limit)
+            for i in self._with_news(active):
+                reply = self.finish(active[i], 0)
+                if reply:
+                    replies[i] = reply
+                    del active[i]
+            self.notes.tick()
+        return [replies[i] for i in range(len(calls))]
+
+    @staticmethod
+    def _with_news(active: dict[int, Call]) -> list[int]:
+        """The calls that have something to read, or may have ended, within 0.2 s."""
+        owners = {handle: i for i, call in active.items() for handle in call.handles}
+        # A call that has closed its streams ends at once.
+        if len(owners) < 2 * len(active):
+            select.select(list(owners), [], [], 0.005)
+            return list(active)
+        ready = select.select(list(owners), [], [], 0.2)[0]
+        if ready:
+            return list({owners[handle] for handle in ready})
+        return list(active)
+
+    def raise_for_refusal(self, reply: Reply) -> Reply:
+        """The reply, unless no repetition could help: raises Unreachable."""
+        if reply.outcome is Outcome.REFUSED:
+            raise NotPermitted("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
+        if reply.outcome is Outcome.NO_APP:
+            raise Unreachable("utmctl does not find UTM",
+                              "Set the path of the utmctl inside UTM.app: kodemachine config set utmctl PATH")
+        if reply.outcome is Outcome.USAGE:
+            program = f"utmctl {self.version()}".rstrip()
+            raise Unreachable(f"{program} does not know the command {reply.verb}: {reply.sentence}",
+                              "Use a UTM from 4.6.5 to 5.0.9. To check it: kodemachine doctor")
+        return reply
+
+    def version(self) -> str:
+        """The version of the application beside utmctl, from its Info.plist; empty if that cannot be read."""
+        import plistlib
+
+        contents = os.path.dirname(os.path.dirname(self.path()))
         try:
-            self._take_lock(handle, what or name, limit if wait else 0.0)
-            with contextlib.suppress(OSError):      # a full disk: the pid is only for people, and purge must work
-                os.pwrite(handle, f"{os.getpid():<19}\n".encode(), 0)       # over the last owner's
-            yield
-        finally:
-            os.close(handle)
+            with open(os.path.join(contents, "Info.plist"), "rb") as file:
+                return str(plistlib.load(file)["CFBundleShortVersionString"])
+        # Also expat's own error, whose class plistlib does not name.
+        except Exception:
+            return ""
 
-    def locked(self, name: str) -> bool:
-        """Whether somebody holds that lock."""
-        return is_locked(self.path("locks", name + ".lock"))
+    # -- the list of machines
 
-    def _take_lock(self, handle: int, what: str, limit: float) -> None:
-        told = False
-        for left in attempts(limit, self._notes.tick, 0.05, 0.5):
-            try:
-                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
-                if not told and limit - left > 0.5 and owner not in (str(os.getpid()), "unknown"):
-                    told = True
-                    self._notes.step(f"waiting for another kodemachine (pid {owner}) to be done with {what}")
-        kind = TimedOut if limit else Busy
-        raise kind(f"{what} is in use by another kodemachine (pid {owner})", f"See what it does: ps -p {owner}")
+    def rows(self, partial: bool = False, call: Call | None = None) -> Rows:
+        """A clean list, asked for until it is one (contract 0, 4). `call`: one for it that has begun already.
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """What is known of each machine, by UUID. A broken file counts as lost, and says so."""
-        if os.path.isdir(self.folder):
-            make_folder(self.folder)        # somebody else's would be a lie
-        try:
-            found = json.loads(read_text(self.path("machines.json")) or "{}")
-            if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
-                return found
-            problem = "not what kodemachine wrote"
-        except (ValueError, RecursionError, OSError) as failure:
-            problem = str(failure)
-        if not self.trouble:
-            self.trouble = f"{self.path('machines.json')} is of no use ({problem})"
-            self._notes.warn(f"{self.trouble}; going on without it")
-        return {}
+        After three answers a list counts in which only states are unknown. An empty one counts only after WARM_UP, once
+        per run. After three equal answers a row that cannot be read is not waited for. Then `broken` is set; it is an
+        error unless `partial`, for callers that conclude nothing from the absence of a machine.
+        Raises Unreachable, TimedOut or KodeError.
+        """
+        crashes, equal, empty_since = 0, 0, float("inf")
+        before: Listing | None = None
+        for asked, _ in enumerate(poll(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
+            answer = self.finish(call or self.begin("list"))
+            assert answer
+            call, reply = None, self.raise_for_refusal(answer)
+            listing = judge_list(reply)
+            is_empty = listing.whole and not listing.rows
+            empty_since = min(empty_since, time.monotonic()) if is_empty else float("inf")
+            if self._is_good(listing, asked, time.monotonic() - empty_since):
+                return Rows(listing.rows)
+            equal = equal + 1 if listing == before else 1
+            before = listing
+            if listing.broken and equal >= 3:
+                return self._partial_rows(listing, partial)
+            if is_empty and asked == 1:
+                self.notes.step("UTM shows no machines; waiting in case it is still starting")
+            crashes += reply.outcome is Outcome.CRASHED
+            if crashes == 3:
+                raise Unreachable(f"utmctl crashed (exit {reply.code})", "It needs your session at the screen, outside "
+                                  "of any sandbox. Is UTM installed completely?")
+        raise self._no_list(reply)
 
-    def intents(self) -> list[str]:
-        """The names of the machines whose cloning was begun and has not been seen to end."""
-        folder = self.path("intents")
-        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        return [entry[:-5] for entry in entries if entry.endswith(".json")]
+    def _is_good(self, listing: Listing, asked: int, empty_for: float) -> bool:
+        """Whether the answer number `asked` counts; `empty_for`: seconds for which the list has been empty."""
+        if listing.rows:
+            self._is_known_empty = False
+            return listing.whole or (listing.named and asked >= 3)
+        if not listing.whole:
+            return False
+        # An empty list is waited for once per run.
+        self._is_known_empty = self._is_known_empty or empty_for >= WARM_UP
+        return self._is_known_empty
 
-    def _rewrite(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-        with self.lock("records", 30, what="its records"):
-            records = self.records()
-            before = json.dumps(records)
-            change(records)
-            if json.dumps(records) != before:
-                write_file(self.path("machines.json"), json.dumps(records, indent=1, sort_keys=True) + "\n")
+    def _partial_rows(self, listing: Listing, partial: bool) -> Rows:
+        rows = Rows(listing.rows, listing.broken)
+        if not partial:
+            rows.must_be_complete()
+        if not self._warned:
+            self.notes.warn(f"UTM's list has a row that cannot be read: {rows.broken!r}. {LINE_BREAK}")
+        self._warned = True
+        return rows
 
-    def record(self, uuid: str, **fields: object) -> None:
-        """Adds to what is known of a machine; a value of None removes its key."""
-        def change(records: dict[str, dict[str, Any]]) -> None:
-            merged = {**records.get(uuid, {}), **fields}
-            records[uuid] = {key: value for key, value in merged.items() if value is not None}
-            if not records[uuid]:
-                del records[uuid]
-        self._rewrite(change)
+    @staticmethod
+    def _no_list(reply: Reply) -> TimedOut:
+        """The error when the last of many answers was not a clean list."""
+        if reply.outcome is Outcome.DONE:
+            return TimedOut("UTM's list cannot be read", "To see its answer: utmctl list")
+        number = f" ({reply.numbers[-1]})" if reply.numbers else ""
+        remedy = NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."
+        return TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
+                        f"Does UTM ask something on the screen? Do not use sudo. {remedy}")
 
-    def forget(self, name: str, listed: set[str]) -> None:
-        """Drops the records of a name's machines that are no longer listed, and then its pinned keys."""
-        def change(records: dict[str, dict[str, Any]]) -> None:
-            for uuid in [u for u, record in records.items() if record.get("name") == name and u not in listed]:
-                del records[uuid]
-                with contextlib.suppress(OSError):      # no machine will ever bear that UUID again
-                    os.unlink(self.path("locks", f"{uuid}.session.lock"))
-        if os.path.isdir(self.folder):
-            self._rewrite(change)
-            if not any(record.get("name") == name for record in self.records().values()):
-                self.pin(name, [])
+    def list_once(self, limit: float) -> list[Row]:
+        """The rows of one list within `limit` seconds, believed as it is: to show it, never to act on it.
 
-    @property
-    def known_hosts(self) -> str:
-        """Our own known-hosts file."""
-        return self.path("known_hosts")
+        Raises Unreachable or TimedOut.
+        """
+        reply = self.raise_for_refusal(self.call("list", limit=limit))
+        rows, _, sound = parse_list(reply.out)
+        if reply.outcome is Outcome.HUNG:
+            raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow: kodemachine list")
+        if not rows and not (sound and reply.outcome is Outcome.DONE):
+            number = f" ({reply.numbers[-1]})" if reply.numbers else ""
+            raise Unreachable(f"UTM gave no list{number}", "It may still be starting: kodemachine list")
+        return rows
 
-    def pin(self, name: str, keys: Sequence[str]) -> None:
-        """Makes `keys` (validated) the only known ones of `name`."""
-        wanted = [f"{name} {key}" for key in keys]
-        if [line for line in self._known_lines() if line.startswith(name + " ")] == wanted:
-            return                      # as at every reconnect, which need not wait for a lock
-        with self.lock("records", 30, what="its records"):
-            others = [line for line in self._known_lines() if not line.startswith(name + " ")]
-            write_file(self.known_hosts, "".join(line + "\n" for line in others + wanted))
-
-    def pinned(self, name: str) -> list[str]:
-        """The keys that the known-hosts file has for `name`: ours, or one that ssh itself has learned."""
-        return parse_host_keys([line.split(" ", 1)[1] for line in self._known_lines() if line.startswith(name + " ")])
-
-    def _known_lines(self) -> list[str]:
-        try:
-            return (read_text(self.known_hosts) or "").splitlines()
-        except OSError as failure:
-            raise KodeError(f"{self.known_hosts}: {failure.strerror}", "Remove it; it is made anew.") from None
-
-
-class Intent:
-    """The record of a clone under way: written before the call, removed when its machine is seen.
-
-    While the utmctl call lives it holds a flock on the file, even when its parent was killed; so a later run
-    can tell whether the call has ended.
-    """
-
-    def __init__(self, state: State, name: str) -> None:
-        self._path = state.path("intents", name + ".json")
-
-    def load(self) -> dict[str, Any] | None:
-        """The intent of an earlier run, None if there is none that can be read."""
-        with contextlib.suppress(ValueError, RecursionError, OSError):
-            found = json.loads(read_text(self._path) or "null")
-            if isinstance(found, dict) and isinstance(found.get("listed"), list) \
-                    and isinstance(found.get("inherits", {}), dict) \
-                    and all(isinstance(found.get(key), str) for key in ("base", "base_uuid")) \
-                    and isinstance(found.get("time"), (int, float)):
-                return found
-        return None
-
-    def declare(self, base: Row, rows: Sequence[Row], inherits: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Writes the intent, and returns it with the locked handle that the call inherits."""
-        intent = {"base": base.name, "base_uuid": base.uuid, "time": time.time(), "listed": [row.uuid for row in rows],
-                  "inherits": inherits}
-        self.rewrite(intent)
-        handle = os.open(self._path, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return intent, handle
-
-    def rewrite(self, intent: dict[str, Any]) -> None:
-        """Replaces what it says."""
-        write_file(self._path, json.dumps(intent) + "\n")
-
-    def call_alive(self) -> bool:
-        """Whether the call of an earlier run is still under way."""
-        return is_locked(self._path)
-
-    def remove(self) -> None:
-        """The machine has been seen, or there will be none."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+    def close(self) -> None:
+        """Ends all calls that still run; used once, at the end."""
+        self._closed = True
+        for call in list(self._calls):
+            call.end()
 
 
 # ---- configuration
 
 
 class Settings(NamedTuple):
-    """The configuration. Seconds are positive numbers; paths are expanded; None: unset."""
+    """The configuration. Times in seconds; paths are expanded; None: unset."""
 
     base_image: str | None = None
     ssh_user: str | None = None
     ssh_port: int = 22
     prefix: str = "km-"
-    headless: bool = True
     identity_file: str | None = None
     boot_timeout: float = 120
     clone_timeout: float = 600
@@ -1036,8 +1003,11 @@ class Settings(NamedTuple):
 
     @property
     def lock_limit(self) -> float:
-        """How long to wait for somebody else's lock, in seconds."""
+        """Seconds to wait for the lock of another kodemachine."""
         return self.clone_timeout + self.boot_timeout
+
+
+PREFIX = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?-")
 
 
 def _is_seconds(value: object) -> bool:
@@ -1048,18 +1018,26 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value) and value.isprintable()
 
 
+def _is_user(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"[\w.][\w.-]*", value))
+
+
+def _is_port(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
+
+
 def _is_prefix(value: object) -> bool:
-    return isinstance(value, str) and bool(PREFIX.fullmatch(value)) and len(value) < 40 \
-        and not "kodeimage-v".startswith(value) and not value.startswith("kodeimage-v")
+    if not isinstance(value, str) or not PREFIX.fullmatch(value) or len(value) >= 40:
+        return False
+    return not "kodeimage-v".startswith(value) and not value.startswith("kodeimage-v")
 
 
-# For each key: what it must be, in words for the person, and the test of it.
+# For each key: the valid values, in words for a person, and the test for them.
 SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "base_image": ("the name of a machine", _is_text),
-    "ssh_user": ("a user's name", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.][\w.-]*", value))),
-    "ssh_port": ("a port number", lambda value: type(value) is int and 0 < value < 65536),
+    "ssh_user": ("a user's name", _is_user),
+    "ssh_port": ("a port number", _is_port),
     "prefix": ("lower-case letters, digits and hyphens that end in a hyphen, such as 'km-'", _is_prefix),
-    "headless": ("true or false", lambda value: isinstance(value, bool)),
     "identity_file": ("a path", _is_text),
     "boot_timeout": ("a positive number of seconds", _is_seconds),
     "clone_timeout": ("a positive number of seconds", _is_seconds),
@@ -1069,13 +1047,15 @@ SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "first_boot": ("a path", _is_text),
 }
 PATHS = ("identity_file", "utmctl", "documents", "first_boot")
+# Keys of earlier versions, which are ignored.
+REMOVED_SETTINGS = ("headless",)
 
 
 class Config:
-    """The configuration file. Reading never falls back to the defaults when the file is there but broken."""
+    """The configuration file. A file that is broken is an error, and is never replaced by the defaults."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, notes: Notes) -> None:
+        self.path, self._notes = path, notes
 
     def _text(self) -> str | None:
         try:
@@ -1083,27 +1063,21 @@ class Config:
             if text is not None and os.stat(self.path).st_uid not in (os.geteuid(), 0):
                 raise OSError(errno.EPERM, "belongs to another user")
         except OSError as failure:
-            raise UsageError(f"{self.path}: {failure.strerror}", "Mend the file, or move it away.") from None
+            raise UsageError(f"{self.path}: {failure.strerror}", "Fix the file, or move it away.") from None
         return text
 
     def load(self, unless: str = "") -> dict[str, Any]:
-        """What the file sets, checked but for the key `unless`.
+        """The keys that the file sets, checked except for the key `unless`.
 
-        Raises UsageError with the file, the position and what is wrong.
+        Raises UsageError with the file, the position and the problem.
         """
         text = self._text()
         if text is None:
             return {}
-        if not text:
-            raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
-        try:
-            found = json.loads(text, object_pairs_hook=self._pairs)
-        except (ValueError, RecursionError) as failure:
-            where = f":{failure.lineno}:{failure.colno}" if isinstance(failure, json.JSONDecodeError) else ""
-            what = failure.msg if isinstance(failure, json.JSONDecodeError) else str(failure)
-            raise UsageError(f"{self.path}{where}: {what}", "The file must be one JSON object.") from None
-        if not isinstance(found, dict):
-            raise UsageError(f"{self.path}:1:1: not a JSON object", 'It must look like {"ssh_user": "me"}.')
+        found = self._parse(text)
+        removed = [key for key in REMOVED_SETTINGS if found.pop(key, None) is not None]
+        if removed:
+            self._notes.warn(f"{self.path}: ignoring keys that are no longer used: {', '.join(removed)}")
         for key, value in found.items():
             if key != unless:
                 self._check(key, value, self._position(text, key) + ": ")
@@ -1111,79 +1085,592 @@ class Config:
             self._check_image(found)
         return found
 
+    def _parse(self, text: str) -> dict[str, Any]:
+        if not text:
+            raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
+        try:
+            found = json.loads(text, object_pairs_hook=self._pairs)
+        except json.JSONDecodeError as failure:
+            where = f"{self.path}:{failure.lineno}:{failure.colno}"
+            raise UsageError(f"{where}: {failure.msg}", "The file must be one JSON object.") from None
+        except (ValueError, RecursionError) as failure:
+            raise UsageError(f"{self.path}: {failure}", "The file must be one JSON object.") from None
+        if not isinstance(found, dict):
+            raise UsageError(f"{self.path}:1:1: not a JSON object", 'An example: {"ssh_user": "me"}')
+        return found
+
     @staticmethod
     def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"key {twice!r} appears twice")
         return found
 
     def _position(self, text: str, key: str) -> str:
         match = re.search(re.escape(json.dumps(key)) + r"\s*:", text)
         at = match.start() if match else 0
-        return f"{self.path}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        return f"{self.path}:{line}:{column}"
 
     @staticmethod
     def _check(key: str, value: object, where: str = "") -> None:
-        """`where`: the value's place in the file, or nothing if it stands on our command line."""
+        """`where`: the value's place in the file; empty for a value on the command line."""
         if key not in SETTINGS:
             import difflib
 
             near = difflib.get_close_matches(key, SETTINGS, 1)
-            raise UsageError(f"{where}unknown key {key!r}",
-                             f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS))
+            hint = f"Did you mean {near[0]!r}?" if near else "Known keys: " + ", ".join(SETTINGS)
+            raise UsageError(f"{where}unknown key {key!r}", hint)
         wanted, test = SETTINGS[key]
-        if value is not None and not test(value):
-            raise UsageError(f"{where}{key} must be {wanted}, not {json.dumps(value)}",
-                             ("Mend it there, or" if where else "So")
-                             + f": kodemachine config set {key} VALUE ('' for the default)")
+        if value is None or test(value):
+            return
+        problem = f"{where}{key} must be {wanted}, not {json.dumps(value)}"
+        if where:
+            raise UsageError(problem, f"Fix it there, or: kodemachine config unset {key}")
+        raise UsageError(problem, f"To use the default: kodemachine config unset {key}")
 
     def _check_image(self, found: dict[str, Any]) -> None:
-        """An image that looks like a clone would be treated as one as soon as another is configured."""
+        """An image that looks like a clone would be treated as a clone as soon as another image is configured."""
         image, prefix = found.get("base_image"), found.get("prefix") or Settings().prefix
         if image and image.startswith(prefix):
             raise UsageError(f"{self.path}: base_image {image!r} begins with the prefix of clones, {prefix!r}",
                              "Rename the image in UTM, then: kodemachine config set base_image NAME")
 
     def settings(self) -> Settings:
-        """The file's values over the defaults, with `~` expanded in paths."""
+        """The file's values over the defaults, with `~` expanded in paths. Raises UsageError."""
         found = {key: value for key, value in self.load().items() if value is not None}
-        return Settings(**{key: os.path.expanduser(value) if key in PATHS else value for key, value in found.items()})
+        for key in set(PATHS) & set(found):
+            found[key] = os.path.expanduser(found[key])
+        return Settings(**found)
 
     def set(self, key: str, text: str) -> None:
-        """Sets one key (an empty text unsets it) and keeps the others. A symlinked file keeps its link.
+        """Sets one key and keeps the others. Raises UsageError or KodeError.
 
-        A relative path is stored as what it means here and now: other runs are in other folders.
+        A relative path is stored as an absolute one: other runs are in other folders.
         """
-        found = self.load(unless=key)       # so what is wrong with it can be mended
-        was_set = found.pop(key, None) is not None
+        found = self.load(unless=key)
         value: object = text
         if key in PATHS and text and not text.startswith("~"):
             value = os.path.abspath(text)
-        elif key in SETTINGS and type(Settings._field_defaults[key]) in (int, float, bool):
+        elif key in SETTINGS and isinstance(Settings._field_defaults[key], (int, float)):
             with contextlib.suppress(ValueError):
                 value = json.loads(text)
-        if text != "" or not was_set:
-            self._check(key, None if text == "" else value)
-        if text != "":
-            found[key] = value
+        self._check(key, value)
+        found[key] = value
+        self._write(found)
+
+    def unset(self, key: str) -> None:
+        """Removes one key, known or not, and keeps the others. Raises UsageError or KodeError."""
+        found = self.load(unless=key)
+        if key not in found:
+            self._check(key, None)
+            return
+        del found[key]
+        self._write(found)
+
+    def _write(self, found: dict[str, Any]) -> None:
+        """A linked file keeps its link."""
         self._check_image(found)
         write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
 
 
-# ---- the choke point: utmctl, osascript, and what an image is made with
+# ---- memory: Record, State, orders
 
-# The scripts for osascript (contract 7). The first line is only a name, for people and for -v. A configuration is
-# read, changed in place and sent back as a whole, because UTM removes the elements of a list that a record does not
-# name. Terms that are traps:
-# - `serial ports of` a record is taken for the class of a machine's elements, and fails (-1728). The property of a
-#   record is written by its code: «class SrPt». Only of a machine that runs are they what can be attached to.
+
+class Record(NamedTuple):
+    """The data that kodemachine keeps about one machine. Empty values are not stored."""
+
+    name: str = ""
+    image: str = ""                 # the name of the image that it was cloned from
+    image_uuid: str = ""
+    created: str = ""               # ISO 8601, UTC
+    machine_id: str = ""
+    mac_is_unique: bool = False
+    is_named: bool = False          # the guest has its hostname, and its host keys are pinned
+    never_started: bool = False
+    is_copy: bool = False           # of another clone: needs host keys and a machine-id of its own
+    copy_of: str = ""               # the UUID of the machine that it is not yet proved to be a whole copy of
+    is_temporary: bool = False      # made by --rm
+    first_boot: str = ""            # "pending" or "done"
+    making: str = ""                # "begun" or "sealed", by `base create`
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Record:
+        """A record as it is stored, by this version or by 0.1.0. Unknown keys are ignored."""
+        fields = {key: value for key, value in found.items()
+                  if key in cls._fields and type(value) is type(cls._field_defaults[key])}
+        image = found.get("image")
+        if isinstance(image, dict):
+            fields.update(image=str(image.get("name") or ""), image_uuid=str(image.get("uuid") or ""))
+        # `personality` does not become `is_named`: version 0.1.0 did not always have the host keys in known_hosts.
+        renamed = {"mac_checked": "mac_is_unique", "new": "never_started", "fork": "is_copy", "rm": "is_temporary"}
+        fields.update({new: True for old, new in renamed.items() if found.get(old)})
+        # The script ran in a disposable boot, which left nothing on the disk.
+        if fields.get("first_boot") == "ran":
+            fields["first_boot"] = "pending"
+        if found.get("making") is True:
+            fields["making"] = "sealed" if found.get("sealed") else "begun"
+        return cls(**fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that are not empty."""
+        return {key: value for key, value in self._asdict().items() if value}
+
+
+# Keys of version 0.1.0 that were about features which no longer exist.
+REMOVED_KEYS = ("saved", "disposable")
+
+
+class State:
+    """The state folder: records by UUID, pinned host keys, orders, locks. It is made when it is first needed."""
+
+    def __init__(self, folder: str, notes: Notes) -> None:
+        self.folder, self._notes = folder, notes
+        # The problem with the records, which is reported once.
+        self.trouble = ""
+        self._has_warned = False
+
+    def path(self, *parts: str) -> str:
+        """A path in the state folder."""
+        return os.path.join(self.folder, *parts)
+
+    # -- locks
+
+    @contextlib.contextmanager
+    def lock(self, name: str, limit: float, *, wait: bool = True, what: str = "") -> Iterator[None]:
+        """Holds the flock `name`. It ends with the process, so it is never stale.
+
+        Raises TimedOut after `limit` seconds, or Busy at once without `wait`; both name `what` and the owner's pid.
+        """
+        make_folder(self.folder)
+        make_folder(self.path("locks"))
+        path = self.path("locks", name + ".lock")
+        with explained(path, f"To see its owner and mode: ls -ld {shlex.quote(self.path('locks'))}"):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            self._take_lock(handle, what or name, limit if wait else 0.0)
+            # The pid is only for people, and purge must work when the disk is full.
+            with contextlib.suppress(OSError):
+                os.pwrite(handle, f"{os.getpid():<19}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+    def locked(self, name: str) -> bool:
+        """Whether a process holds that lock."""
+        return is_locked(self.path("locks", name + ".lock"))
+
+    def _take_lock(self, handle: int, what: str, limit: float) -> None:
+        has_said = False
+        owner = "unknown"
+        for left in poll(limit, self._notes.tick, 0.05, 0.5):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            is_other = owner not in (str(os.getpid()), "unknown")
+            if not has_said and limit - left > 0.5 and is_other:
+                has_said = True
+                self._notes.step(f"waiting for another kodemachine (pid {owner}) to finish with {what}")
+        kind = TimedOut if limit else Busy
+        raise kind(f"{what} is in use by another kodemachine (pid {owner})", f"To see it: ps -p {owner}")
+
+    # -- records
+
+    def records(self) -> dict[str, Record]:
+        """The records by UUID. A broken file counts as lost, with a warning. Raises KodeError."""
+        if os.path.isdir(self.folder):
+            # A folder of another user could contain anything.
+            make_folder(self.folder)
+        problem = "kodemachine did not write it"
+        try:
+            found = json.loads(read_text(self.path("machines.json")) or "{}")
+            if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
+                self._warn_of_removed_keys(found)
+                return {uuid: Record.from_json(record) for uuid, record in found.items()}
+        except (ValueError, RecursionError, OSError) as failure:
+            problem = str(failure)
+        if not self.trouble:
+            self.trouble = f"{self.path('machines.json')} cannot be read ({problem})"
+            self._notes.warn(f"{self.trouble}; continuing without it")
+        return {}
+
+    def _warn_of_removed_keys(self, found: dict[str, dict[str, Any]]) -> None:
+        removed = [key for key in REMOVED_KEYS if any(record.get(key) for record in found.values())]
+        if removed and not self._has_warned:
+            self._has_warned = True
+            keys = ", ".join(removed)
+            self._notes.warn(f"{self.path('machines.json')}: ignoring keys that are no longer used: {keys}")
+
+    def _rewrite(self, change: Callable[[dict[str, Record]], None]) -> None:
+        """Changes the records under their lock, and writes them if they differ."""
+        with self.lock("records", 30, what="the records"):
+            records = self.records()
+            before = dict(records)
+            change(records)
+            if records != before:
+                stored = {uuid: record.to_json() for uuid, record in records.items()}
+                write_file(self.path("machines.json"), json.dumps(stored, indent=1, sort_keys=True) + "\n")
+
+    def remember(self, uuid: str, **changes: Any) -> Record:
+        """Changes fields of a machine's record, and returns it. An empty record is removed."""
+        changed = Record()
+
+        def change(records: dict[str, Record]) -> None:
+            nonlocal changed
+            changed = records.get(uuid, Record())._replace(**changes)
+            records[uuid] = changed
+            if changed == Record():
+                del records[uuid]
+        self._rewrite(change)
+        return changed
+
+    def begin(self, uuid: str, record: Record, listed: set[str]) -> None:
+        """Records a new machine. Records and host keys of earlier machines of its name, which are not `listed`, go."""
+        def change(records: dict[str, Record]) -> None:
+            self._remove(records, record.name, listed | {uuid})
+            records[uuid] = record
+        self._rewrite(change)
+        self.pin(record.name, [])
+
+    def forget(self, name: str, listed: set[str]) -> None:
+        """Removes the records of a name's machines that are not `listed` any more, and then its host keys."""
+        if not os.path.isdir(self.folder):
+            return
+        left = False
+
+        def change(records: dict[str, Record]) -> None:
+            nonlocal left
+            self._remove(records, name, listed)
+            left = any(record.name == name for record in records.values())
+        self._rewrite(change)
+        if not left:
+            self.pin(name, [])
+
+    def _remove(self, records: dict[str, Record], name: str, listed: set[str]) -> None:
+        for uuid in [uuid for uuid, record in records.items() if record.name == name and uuid not in listed]:
+            del records[uuid]
+            # No machine will ever have that UUID again.
+            with contextlib.suppress(OSError):
+                os.unlink(self.path("locks", f"{uuid}.session.lock"))
+
+    # -- host keys: one store, which ssh reads and may add to
+
+    @property
+    def known_hosts(self) -> str:
+        """The path of kodemachine's own known-hosts file."""
+        return self.path("known_hosts")
+
+    def pin(self, name: str, keys: Sequence[str]) -> None:
+        """Makes `keys` (`type base64`, validated) the only known host keys of `name`. Raises KodeError."""
+        wanted = [f"{name} {key}" for key in keys]
+        if self._lines_of(name, self._known_lines()) == wanted:
+            return
+        with self.lock("records", 30, what="the records"):
+            lines = self._known_lines()
+            others = [line for line in lines if line not in self._lines_of(name, lines)]
+            write_file(self.known_hosts, "".join(line + "\n" for line in others + wanted))
+
+    def pinned(self, name: str) -> list[str]:
+        """The known host keys of `name`, as `type base64`. Raises KodeError."""
+        return [line.split(" ", 1)[1] for line in self._lines_of(name, self._known_lines())]
+
+    @staticmethod
+    def _lines_of(name: str, lines: Sequence[str]) -> list[str]:
+        return [line for line in lines if line.startswith(name + " ")]
+
+    def _known_lines(self) -> list[str]:
+        with explained(self.known_hosts, f"To start with an empty one: rm -rf {shlex.quote(self.known_hosts)}"):
+            return (read_text(self.known_hosts) or "").splitlines()
+
+    # -- orders
+
+    def orders(self) -> list[str]:
+        """The names of the machines that an unfinished order is about."""
+        folder = self.path("intents")
+        if not os.path.isdir(folder):
+            return []
+        return [entry[:-5] for entry in sorted(os.listdir(folder)) if entry.endswith(".json")]
+
+
+class Order:
+    """The record of a machine that UTM was asked to make: written before the call, removed when the machine is seen.
+
+    While the call runs it holds a flock on the file, even if kodemachine was killed. So a later run can see whether the
+    call has ended.
+    """
+
+    def __init__(self, state: State, name: str) -> None:
+        self.path = state.path("intents", name + ".json")
+
+    def load(self) -> dict[str, Any] | None:
+        """The order of an earlier run; None if there is none that can be read.
+
+        Keys: base, base_uuid, time (seconds since the epoch), listed (UUIDs), record (fields of the new machine's
+        record), and incomplete (the UUID of an incomplete copy that resulted from it), if there is one.
+        """
+        try:
+            found = json.loads(read_text(self.path) or "null")
+        except (ValueError, RecursionError, OSError):
+            return None
+        if not isinstance(found, dict) or not isinstance(found.get("listed"), list):
+            return None
+        if not isinstance(found.get("base"), str) or not isinstance(found.get("base_uuid"), str):
+            return None
+        if not isinstance(found.get("time"), (int, float)):
+            return None
+        # Version 0.1.0 wrote the fields of its own records.
+        fields = found.get("record", found.get("inherits", {}))
+        found["record"] = Record.from_json(fields if isinstance(fields, dict) else {}).to_json()
+        return found
+
+    def write(self, found: dict[str, Any]) -> None:
+        """Replaces the order. Raises KodeError."""
+        write_file(self.path, json.dumps(found) + "\n")
+
+    def lock(self) -> int:
+        """A handle that holds the flock, for the call to inherit."""
+        handle = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle
+
+    def is_alive(self) -> bool:
+        """Whether the call of an earlier run still runs."""
+        return is_locked(self.path)
+
+    def remove(self) -> None:
+        """The machine has been seen, or none will appear."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+# ---- fleet: label rules, Fleet
+
+LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
+IMAGE = re.compile(r"kodeimage-v(\d+)\.(\d+)\.(\d+)")
+
+# Every command and alias, those that are planned included: a label that was once allowed stays allowed.
+RESERVED = frozenset({
+    "attach", "base", "clone", "completion", "config", "cp", "create", "delete", "doctor", "exec", "help", "info", "ip",
+    "list", "logs", "ls", "proxy", "prune", "purge", "restart", "resume", "rm", "shell", "snapshot", "ssh",
+    "ssh-config", "start", "status", "stop", "suspend", "version"})
+# Words of other tools, and the command here. Those that are not reserved stay allowed as labels.
+SYNONYMS = {
+    "boot": "start", "launch": "start", "create": "start", "new": "start", "run": "start", "up": "start",
+    "connect": "ssh", "enter": "ssh", "login": "ssh", "shell": "ssh", "down": "stop", "halt": "stop", "kill": "stop",
+    "poweroff": "stop", "shutdown": "stop", "reboot": "restart", "pause": "suspend", "save": "suspend",
+    "unpause": "resume", "destroy": "delete", "remove": "delete", "clean": "purge", "fork": "clone",
+    "duplicate": "clone", "snapshot": "clone", "copy": "cp", "scp": "cp", "transfer": "cp", "push": "cp", "pull": "cp",
+    "mount": "cp", "rsync": "cp", "share": "cp", "sync": "cp", "console": "attach", "logs": "attach",
+    "inspect": "status", "show": "status", "ps": "list", "image": "base", "images": "base",
+    "init": "base", "settings": "config", "version": "--version"}
+
+
+def whole_name(image: str) -> str:
+    """The name of the image that `v0.2.0` means; any other name unchanged."""
+    if IMAGE.fullmatch("kodeimage-" + image):
+        return "kodeimage-" + image
+    return image
+
+
+def near_command(word: str, commands: Iterable[str]) -> str | None:
+    """The command that was perhaps meant: a synonym, or one of three letters or more that is one edit away."""
+    if word in SYNONYMS:
+        return SYNONYMS[word]
+    known = {**SYNONYMS, **{name: name for name in commands}}
+    candidates = sorted(RESERVED.intersection(known))
+    near = next((name for name in candidates if len(name) >= 3 and one_edit(word, name)), None)
+    return known[near] if near else None
+
+
+def near_label(label: str, labels: Iterable[str]) -> str | None:
+    """The one of `labels` that is one edit away, and not in a digit: web1 and web2 are both meant."""
+    def letters(text: str) -> str:
+        return re.sub(r"\d", "", text)
+    if len(label) < 4:
+        return None
+    return next((other for other in labels if one_edit(label, other) and letters(label) != letters(other)), None)
+
+
+def label_of_folder(prefix: str) -> str:
+    """A label from the name of the current folder. Raises UsageError."""
+    try:
+        here = os.path.basename(os.getcwd())
+    except OSError as failure:
+        raise UsageError(f"the current folder has no name: {failure.strerror}", "Change to another folder.") from None
+    label = re.sub(r"[^a-z0-9]+", "-", here.lower()).strip("-")
+    return label.removeprefix(prefix)[:63 - len(prefix)].rstrip("-")
+
+
+def check_label(text: str, settings: Settings) -> str:
+    """The label that a word of the command line means; a typed prefix is dropped, `.` is the folder's name.
+
+    Raises UsageError.
+    """
+    prefix = settings.prefix
+    label = label_of_folder(prefix) if text == "." else text.removeprefix(prefix)
+    if label in RESERVED:
+        problem = f"{label!r} is reserved and cannot be a machine's label"
+        meant = SYNONYMS.get(label, label)
+        if meant.startswith("-"):
+            raise UsageError(problem, f"Did you mean: kodemachine {meant}")
+        if meant != label:
+            problem += f"; did you mean {meant!r}?"
+        raise UsageError(problem, f"See: kodemachine help {meant}")
+    if IMAGE.fullmatch(text):
+        raise UsageError(f"{text!r} is the name of an image and cannot be a label",
+                         f"For a machine from it: kodemachine start LABEL --base {text}")
+    if not LABEL.fullmatch(label) or label.startswith(prefix):
+        raise UsageError(f"{text!r} cannot be a label",
+                         "A label has lower-case letters, digits and inner hyphens, such as project-alpha.")
+    if len(prefix + label) > 63:
+        raise UsageError(f"{label!r} is too long for a label",
+                         f"At most {63 - len(prefix)} characters are allowed, with the prefix {prefix!r}.")
+    return label
+
+
+def label_in(name: str, prefix: str) -> str | None:
+    """The label in a machine's name; None for a name that is not the prefix and a valid label."""
+    label = name[len(prefix):]
+    if not name.startswith(prefix) or len(name) > 63:
+        return None
+    if not LABEL.fullmatch(label) or label.startswith(prefix):
+        return None
+    return label
+
+
+class Machine(NamedTuple):
+    """One machine: the row of UTM's list joined with its record. `label`: None for a machine that is not a clone."""
+
+    uuid: str
+    name: str
+    power: Power
+    label: str | None = None
+    is_image: bool = False
+    record: Record = Record()
+
+
+class Fleet:
+    """All machines, from one clean list joined with the records once."""
+
+    def __init__(self, rows: Rows, records: dict[str, Record], settings: Settings) -> None:
+        self._settings, self._rows = settings, rows
+        own = (settings.base_image or "").upper()
+        # The original of an image is not an image itself.
+        bases = {record.image_uuid for record in records.values() if not IMAGE.fullmatch(record.name)}
+        self.machines: list[Machine] = []
+        for row in rows:
+            is_image = row.name == settings.base_image or row.name.startswith("kodeimage-v") \
+                or row.uuid == own or row.uuid in bases
+            label = None if is_image else label_in(row.name, settings.prefix)
+            record = records.get(row.uuid, Record())
+            self.machines.append(Machine(row.uuid, row.name, row.power, label, is_image, record))
+
+    @property
+    def broken(self) -> str:
+        """The first row of the list that cannot be read; empty if there is none."""
+        return self._rows.broken
+
+    @property
+    def rows(self) -> Rows:
+        """The list as UTM gave it."""
+        return self._rows
+
+    @property
+    def uuids(self) -> set[str]:
+        """The UUIDs of all machines."""
+        return {machine.uuid for machine in self.machines}
+
+    @property
+    def images(self) -> list[Machine]:
+        """The golden images: the configured one, any kodeimage-v..., and any that a clone was made from."""
+        return [machine for machine in self.machines if machine.is_image]
+
+    @property
+    def clones(self) -> list[Machine]:
+        """The machines with a label, sorted by it."""
+        return sorted((machine for machine in self.machines if machine.label), key=lambda machine: str(machine.label))
+
+    def by_uuid(self, uuid: str) -> Machine | None:
+        """The machine with that UUID, if it is listed."""
+        return next((machine for machine in self.machines if machine.uuid == uuid), None)
+
+    def named(self, name: str) -> list[Machine]:
+        """The machines with exactly that name in UTM."""
+        return [machine for machine in self.machines if machine.name == name]
+
+    def get(self, label: str) -> Machine | None:
+        """The clone with that label. Raises WrongState if two machines have its name, or if it is an image."""
+        name = self._settings.prefix + label
+        found = self.named(name)
+        if len(found) > 1:
+            uuids = ", ".join(machine.uuid for machine in found)
+            raise WrongState(f"{len(found)} machines are named {name}: {uuids}", "Rename or delete one of them in UTM.")
+        if found and found[0].is_image:
+            raise WrongState(f"{name} is an image that other machines were cloned from, not a clone",
+                             "Images are never started or changed. For a new machine, use another label.")
+        return found[0] if found else None
+
+    def find(self, label: str) -> Machine:
+        """The clone with that label. Raises NotFound if a clean list lacks it."""
+        machine = self.get(label)
+        if machine:
+            return machine
+        self._rows.must_be_complete()
+        labels = [str(clone.label) for clone in self.clones]
+        hint = f"There are: {', '.join(labels)}" if labels else f"To create it: kodemachine {label}"
+        raise NotFound(f"there is no machine {label}", hint)
+
+    # -- images
+
+    @property
+    def default_image(self) -> str | None:
+        """The name of the image for new machines: the configured one, or the highest version; None without any."""
+        own = self._settings.base_image
+        if own:
+            return next((machine.name for machine in self.machines if machine.uuid == own.upper()), own)
+        versions = [machine.name for machine in self.machines if IMAGE.fullmatch(machine.name)]
+        return max(versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
+
+    def image(self, wanted: str | None) -> Machine:
+        """The image to clone, by its name, version or UUID; None: the default one. It is stopped.
+
+        Raises NotFound or WrongState.
+        """
+        wanted = wanted or self.default_image
+        if wanted is None:
+            raise NotFound("there is no image to clone", "To create one: kodemachine base create v0.1.0")
+        found = [machine for machine in self.machines if machine.name == wanted or machine.uuid == wanted.upper()]
+        found = found or self.named(whole_name(wanted))
+        names = ", ".join(sorted(machine.name for machine in self.images)) or "none yet"
+        if not found:
+            raise NotFound(f"there is no image {wanted}", f"Images: {names}")
+        if len(found) > 1:
+            uuids = ", ".join(machine.uuid for machine in found)
+            raise WrongState(f"{len(found)} machines are named {wanted}: {uuids}", "Rename one of them in UTM.")
+        if found[0].label:
+            raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
+        if found[0].power is not Power.STOPPED:
+            raise WrongState(f"the image {found[0].name} is {found[0].power.word}; only a stopped image can be cloned",
+                             "Shut it down in UTM.")
+        return found[0]
+
+
+# ---- scripts that run elsewhere
+
+# The scripts for osascript (contract 7). The first line is only a name, for people and for -v. A script reads the whole
+# configuration, changes it and sends it back, because UTM removes the elements of a list that a record does not name.
+# These terms are traps:
+# - `serial ports of` a record means the class of a machine's elements, and fails (-1728). The property of a record is
+#   written by its code, «class SrPt». A running machine's `serial ports` are its ports.
 # - `displays of (configuration of vm)` in one expression fails (-1728): first the record, then its list.
-# - `icon` of a record that is sent back must be the name of a built-in one. UTM passes over an empty text.
+# - `icon` of a record that is sent back must be the name of a built-in icon. UTM ignores an empty text.
 # - `removable:true` with a source makes a USB CD-ROM, which cloud images for ARM often do not see.
-# - `POSIX file` inside the `tell` block is asked of UTM, and fails (-1728).
-# - `output text` and `output data` are missing where a command has printed nothing.
+# - `POSIX file` inside the `tell` block is evaluated by UTM, and fails (-1728).
+# - `output text` and `output data` can be missing if a command has printed nothing.
 
 # Network addresses and drives of all machines: one event for the list, two for each machine.
 # Dictionary: `id`, `configuration`, `network interfaces`, `address`, `drives`, `removable`, `host size` (contract
@@ -1244,7 +1731,7 @@ on run argv
   end tell
 end run
 """
-# What `utmctl attach` printed up to 5.0.8. Dictionary: `serial port` is an element of `virtual machine`, with
+# The answer is that of `utmctl attach` up to 5.0.8. Dictionary: `serial port` is an element of `virtual machine`, with
 # `interface`, `address` and `port` (contract 7).
 SERIAL_PORTS = """\
 -- kodemachine: serial-ports
@@ -1380,1150 +1867,15 @@ on run argv
   end tell
 end run
 """
-INSTALL_AGENT = """\
-command -v qemu-ga >/dev/null ||
-  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
-  dnf -qy install qemu-guest-agent
-systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
-# How cloud-init ended, and what it was given: without a seed it ends well, and has done nothing.
-CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
 
-
-def printed_argument(word: str) -> str:
-    """An argument as -v shows it: of a script its name alone, and of what is long its beginning."""
-    if word.startswith("-- kodemachine: "):
-        return "(" + word.partition("\n")[0][len("-- kodemachine: "):] + ")"
-    return word if len(word) <= 80 and "\n" not in word else word.partition("\n")[0][:40] + "..."
-
-
-class Utmctl:
-    """The one door to utmctl, osascript and PROGRAMS: finds them, bounds every call, and says what became of it."""
-
-    def __init__(self, configured: str | None, interrupts: Interrupts, notes: Notes) -> None:
-        self._configured, self._interrupts, self.notes = configured, interrupts, notes
-        self._found: dict[str, str] = {}
-        self._calls: set[Call] = set()
-        self._closed = self._warned = False
-
-    def path(self, program: str = "utmctl") -> str:
-        """The real path of utmctl: through a link UTM's sandbox hides it from itself (contract 4)."""
-        if program not in self._found:
-            places = [shutil.which(program) or "", *(UTMCTL_PLACES if program == "utmctl" else ())]
-            if program == "utmctl" and self._configured:
-                places = [self._configured]
-            usable = [place for place in map(os.path.expanduser, filter(None, places))
-                      if os.path.isfile(place) and os.access(place, os.X_OK)]
-            if not usable and program not in ("utmctl", "osascript"):
-                raise KodeError(f"there is no {program} on PATH", "Install it, then run the same command again.")
-            if not usable:
-                where = f" at {self._configured}" if self._configured and program == "utmctl" else ""
-                raise Unreachable(
-                    f"there is no {program}{where}",
-                    "Install UTM (brew install --cask utm), or name its utmctl: kodemachine config set utmctl PATH"
-                    if program == "utmctl"
-                    else "It comes with macOS: see that /usr/bin is on PATH.",
-                )
-            self._found[program] = os.path.realpath(usable[0]) if program == "utmctl" else usable[0]
-        return self._found[program]
-
-    def begin(self, verb: str, *args: str, limit: float | None = None, stdin: int = subprocess.DEVNULL,
-              keep: Sequence[int] = ()) -> Call:
-        """Starts one call; `limit` in seconds, or the verb's own. Raises Unreachable if it cannot be run."""
-        argv = [self.path(verb), *args] if verb in PROGRAMS else [self.path(), verb, *args]
-        try:
-            with self._interrupts.held():       # between the child's birth and its entry here it would be lost
-                call = Call(verb, argv, LIMITS[verb] if limit is None else limit, self.notes.tick, stdin, keep)
-                self._calls.add(call)
-        except OSError as failure:
-            if failure.errno == errno.E2BIG:
-                raise UsageError("the command line is too long", "Copy a script into the machine with kodemachine cp, "
-                                 "and run that.") from None
-            raise Unreachable(f"{argv[0]} cannot be run: {failure.strerror}",
-                              "If it is not UTM's own: kodemachine config set utmctl PATH") from None
-        if self._closed:
-            call.end()
-            raise Interrupted(signal.SIGTERM)
-        return call
-
-    def finish(self, call: Call, seconds: float | None = None) -> Reply | None:
-        """The reply of a call, or None if it is still under way after `seconds`."""
-        reply = call.wait(seconds)
-        if reply and call in self._calls:
-            self._calls.discard(call)
-            words = [printed_argument(arg) for arg in call.argv[1:]]
-            numbers = "".join(f" {number}" for number in reply.numbers)
-            self.notes.trace(f"{os.path.basename(call.argv[0])} {shlex.join(words)}: {reply.outcome.value}{numbers}, "
-                             f"exit {reply.code}, {reply.seconds:.2f} s")
-        return reply
-
-    def drop(self, call: Call | None) -> None:
-        """Ends a call whose answer is no longer wanted."""
-        if call:
-            call.end()
-            self.finish(call)
-
-    def call(self, verb: str, *args: str, limit: float | None = None) -> Reply:
-        """One call from its beginning to its end."""
-        reply = self.finish(self.begin(verb, *args, limit=limit))
-        assert reply
-        return reply
-
-    def script(self, text: str, *args: str, limit: float | None = None) -> Reply:
-        """Runs an AppleScript; unlike utmctl, osascript says by its exit status that it failed (contract 7)."""
-        return self.call("osascript", "-e", text, "--", *args, limit=limit)
-
-    def hardware(self, *uuids: str) -> dict[str, Hardware]:
-        """Network addresses and drives of all machines, asked for until those of `uuids` are among them; all but the
-        first of these machines may be gone.
-
-        Raises Unreachable, or KodeError after UNIQUE_LIMIT seconds.
-        """
-        for _ in attempts(UNIQUE_LIMIT, self.notes.tick, 0.3, 3.0):
-            reply = self.insist(self.script(HARDWARE))
-            found = parse_hardware(reply.out) if reply.outcome is Outcome.DONE else {}
-            if reply.outcome is Outcome.DONE and uuids[0] in found \
-                    and all(found[uuid].known for uuid in uuids if uuid in found):
-                return found
-        raise KodeError(f"UTM does not report its machines' drives: {reply.sentence or reply.outcome.value}",
-                        "Check UTM's window, then run the same command again.")
-
-    def version(self) -> str:
-        """The version of the application beside utmctl, from its Info.plist; empty if that cannot be read."""
-        import plistlib
-
-        contents = os.path.dirname(os.path.dirname(self.path()))
-        try:
-            with open(os.path.join(contents, "Info.plist"), "rb") as file:
-                return str(plistlib.load(file)["CFBundleShortVersionString"])
-        except Exception:       # also expat's own error, whose class plistlib does not name
-            return ""
-
-    def gather(self, calls: Sequence[tuple[str, ...]], limit: float) -> list[Reply]:
-        """The replies of many calls, at most WIDTH * 4 at the same time."""
-        waiting = list(enumerate(calls))
-        active: dict[int, Call] = {}
-        replies: dict[int, Reply] = {}
-        while waiting or active:
-            while waiting and len(active) < WIDTH * 4:
-                i, words = waiting.pop(0)
-                active[i] = self.begin(*words, limit=limit)
-            owners = {fd: i for i, call in active.items() for fd in call.handles}
-            ending = len(owners) < 2 * len(active)      # one has closed its streams, and will be gone at once
-            ready = select.select(list(owners), [], [], 0.005 if ending else 0.2)[0]
-            for i in {owners[fd] for fd in ready} if ready and not ending else list(active):
-                reply = self.finish(active[i], 0)
-                if reply:
-                    replies[i] = reply
-                    del active[i]
-            self.notes.tick()
-        return [replies[i] for i in range(len(calls))]
-
-    def insist(self, reply: Reply) -> Reply:
-        """The reply, unless no repetition could help: raises Unreachable."""
-        if reply.outcome is Outcome.REFUSED:
-            raise NotPermitted("macOS does not permit control of UTM (-1743)", NOT_ALLOWED)
-        if reply.outcome is Outcome.NO_APP:
-            raise Unreachable("utmctl does not find UTM",
-                              "Name the utmctl inside UTM.app: kodemachine config set utmctl PATH")
-        if reply.outcome is Outcome.USAGE:
-            version = self.version()
-            raise Unreachable(f"utmctl{' ' * bool(version)}{version} does not know the command {reply.verb}: "
-                              f"{reply.sentence}", "Use a UTM from 4.6.5 to 5.0.9. To check it: kodemachine doctor")
-        return reply
-
-    def rows(self, partial: bool = False, call: Call | None = None) -> Rows:
-        """A clean list, asked for until it is one (contract 0, 4). `call`: one for it that has begun already.
-
-        After three answers a list counts in which only states are unknown. An empty one counts only after WARM_UP.
-        After three equal answers a row that cannot be read is not waited for: then `broken` is set, which is an error
-        unless `partial`, for callers that conclude nothing from the absence of a machine.
-        Raises Unreachable, TimedOut or KodeError.
-        """
-        crashes, equal, empty_since = 0, 0, float("inf")
-        before: Listing | None = None
-        for asked, _ in enumerate(attempts(LOOK_LIMIT, self.notes.tick, 0.2, 2.0), 1):
-            answer = self.finish(call or self.begin("list"))
-            assert answer
-            call, reply = None, self.insist(answer)
-            listing = judge_list(reply)
-            empty = listing.whole and not listing.rows
-            empty_since = min(empty_since, time.monotonic()) if empty else float("inf")
-            if listing.whole and (listing.rows or time.monotonic() - empty_since >= WARM_UP):
-                return Rows(listing.rows)
-            if listing.whole and asked == 1:
-                self.notes.step("UTM shows no machines; waiting whether it is just starting")
-            if asked >= 3 and listing.named and listing.rows:
-                return Rows(listing.rows)
-            equal = equal + 1 if listing == before else 1
-            before = listing
-            if listing.broken and equal >= 3:
-                rows = Rows(listing.rows, listing.broken)
-                if not partial:
-                    rows.must_be_complete()
-                if not self._warned:
-                    self.notes.warn(f"UTM's list has a row that cannot be read: {rows.broken!r}. {LINE_BREAK}")
-                self._warned = True
-                return rows
-            crashes += reply.outcome is Outcome.CRASHED
-            if crashes == 3:
-                raise Unreachable(
-                    f"utmctl crashed (exit {reply.code})",
-                    "It needs your session at the screen, outside of any sandbox. Is UTM installed whole?",
-                )
-        raise self._no_list(reply)
-
-    @staticmethod
-    def _no_list(reply: Reply) -> TimedOut:
-        """What to say when the last of many answers was no better than this."""
-        if reply.outcome is Outcome.DONE:
-            return TimedOut("UTM's list cannot be read", "To see its answer: utmctl list")
-        number = f" ({reply.numbers[-1]})" if reply.numbers else ""
-        return TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
-                        "Is UTM asking something on the screen? Do not use sudo. "
-                        + (NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."))
-
-    def glimpse(self, limit: float) -> list[Row]:
-        """What one list tells within `limit` seconds, believed as it is: for looking, never for acting.
-
-        Raises Unreachable or TimedOut.
-        """
-        reply = self.insist(self.call("list", limit=limit))
-        rows, _, sound = parse_list(reply.out)
-        if reply.outcome is Outcome.HUNG:
-            raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow. See: kodemachine list")
-        if not rows and not (sound and reply.outcome is Outcome.DONE):
-            number = f" ({reply.numbers[-1]})" if reply.numbers else ""
-            raise Unreachable(f"UTM gave no list{number}", "It may only be starting. See: kodemachine list")
-        return rows
-
-    def close(self) -> None:
-        """Ends whatever is still under way; used once, on the way out."""
-        self._closed = True
-        for call in list(self._calls):
-            call.end()
-
-
-# ---- the bundle on disk: optional knowledge
-
-
-def private_size(path: str) -> int | None:
-    """Bytes that only this file holds, which its deletion would free; None if the file system does not say.
-
-    APFS: getattrlist with ATTR_CMNEXT_PRIVATESIZE (0x8 among the fork attributes, with FSOPT_ATTR_CMN_EXTENDED;
-    Apple's sys/attr.h and getattrlist(2)). The answer: a 32-bit length, five 32-bit words that say which
-    attributes were returned, and the size as off_t, packed to 4 bytes.
-    """
-    import ctypes
-
-    request = ctypes.create_string_buffer(attribute_request(), 24)
-    answer = ctypes.create_string_buffer(64)
-    library = ctypes.CDLL(None, use_errno=True)
-    no_follow, extended = 0x1, 0x20
-    if library.getattrlist(os.fsencode(path), request, answer, ctypes.c_size_t(64),
-                           ctypes.c_uint(no_follow | extended)):
-        return None
-    return parse_private_size(answer.raw)
-
-
-def attribute_request() -> bytes:
-    """`struct attrlist`: ATTR_CMN_RETURNED_ATTRS of the common group, the private size of the fork group."""
-    import struct
-
-    return struct.pack("=HHIIIII", 5, 0, 0x80000000, 0, 0, 0, 0x8)
-
-
-def parse_private_size(answer: bytes) -> int | None:
-    """The size in getattrlist's answer, None if it was not returned or makes no sense."""
-    import struct
-
-    length, _common, _volume, _folder, _file, fork, size = struct.unpack_from("=IIIIIIq", answer)
-    return int(size) if length >= 32 and fork & 0x8 and size >= 0 else None
-
-
-def disk_usage(bundle: str) -> tuple[int, int]:
-    """Allocated bytes of a folder, and those that its deletion frees. Symbolic links are not followed.
-
-    What is freed: on macOS each file's private size; elsewhere the blocks of files without hard links outside.
-    """
-    files: dict[tuple[int, int], list[tuple[str, os.stat_result]]] = {}
-    folders = [bundle]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                info = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(info.st_mode):
-                    folders.append(entry.path)
-                elif stat.S_ISREG(info.st_mode):
-                    files.setdefault((info.st_dev, info.st_ino), []).append((entry.path, info))
-    size = frees = 0
-    for links in files.values():
-        path, info = links[0]
-        blocks = info.st_blocks * 512
-        size += blocks
-        if info.st_nlink <= len(links):
-            own = private_size(path) if sys.platform == "darwin" else None
-            frees += blocks if own is None else min(own, blocks)
-    return size, frees
-
-
-def read_bundle(documents: str, uuid: str, name: str) -> Disk:
-    """What the bundle of a machine tells. Raises OSError or ValueError; a folder of another machine tells nothing."""
-    import plistlib
-
-    bundle = os.path.join(documents, re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm")
-    text = read_text(os.path.join(bundle, "config.plist"))
-    try:
-        plist = plistlib.loads((text or "").encode())
-        if plist["Information"]["UUID"] != uuid:
-            return Disk()
-        memory = int(plist["System"]["MemorySize"]) << 20
-    except Exception as failure:        # one of many, among them expat's own, whose class plistlib does not name
-        raise ValueError(f"{bundle}: {failure}") from None
-    return Disk(memory, *disk_usage(bundle))
-
-
-def read_bundles(documents: str, rows: Sequence[Row], seconds: float, tick: Callable[[], None]) -> dict[str, Disk]:
-    """What the bundles tell within `seconds`, by UUID; nothing of those that cannot be read.
-
-    In a thread of its own: while macOS asks the person whether we may look, the read hangs (contract 6).
-    """
-    found: dict[str, Disk] = {}
-
-    def read() -> None:
-        for row in rows:
-            with contextlib.suppress(OSError, ValueError):
-                found[row.uuid] = read_bundle(documents, row.uuid, row.name)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    deadline = time.monotonic() + seconds
-    while reader.is_alive() and time.monotonic() < deadline:
-        reader.join(0.2)
-        tick()
-    return dict(found)
-
-
-def free_space(path: str) -> int | None:
-    """Free bytes of the volume that `path` is on, None if it cannot be told."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path) and path != "/":
-        path = os.path.dirname(path)
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return None
-
-
-# ---- the way to the guest's ssh server
-
-
-class Prober:
-    """Connects to the ssh port of all candidates at once; the first that greets as an SSH server wins.
-
-    So a container bridge or a VPN address in the guest loses by itself. The less likely an address, the later
-    it is tried, unless there is no better one (as in RFC 8305).
-    """
-
-    HEAD_START = (0.0, 0.25, 1.5, 1.5)      # seconds, by rank
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._began: float | None = None
-        self._tries: dict[str, tuple[Any, float]] = {}      # address -> its socket, when it was opened
-        self._rest: dict[str, float] = {}                   # address -> not before that time
-        self._errors: dict[str, int] = {}                   # address -> how its last connection failed, 0: it did not
-
-    def aim(self, addresses: Sequence[str]) -> None:
-        """Replaces the candidates."""
-        for address in [a for a in self._tries if a not in addresses]:
-            self._give_up(address, 0)
-        self._rest = {address: self._rest.get(address, 0.0) for address in addresses}
-        self._errors = {address: self._errors.get(address, 0) for address in addresses}
-        self._began = self._began or (time.monotonic() if addresses else None)
-
-    @property
-    def unreachable(self) -> bool:
-        """Whether the system says of all the likeliest candidates that there is no route to them.
-
-        To link-local ones there never is, without the name of an interface: that says nothing.
-        """
-        best = min(map(address_rank, self._errors), default=0)
-        return best < 3 and {self._errors[address] for address in self._errors if address_rank(address) == best} == \
-            {errno.EHOSTUNREACH}
-
-    def step(self, seconds: float) -> str | None:
-        """Goes on for at most `seconds`; the address that greeted, if one has. Its connection is closed by then."""
-        now = time.monotonic()
-        best = min(map(address_rank, self._rest), default=0)
-        for address, since in self._rest.items():
-            wait = self.HEAD_START[address_rank(address)] if address_rank(address) > best else 0.0
-            if address not in self._tries and now >= max(since, (self._began or now) + wait):
-                self._connect(address)
-        sockets = {sock: address for address, (sock, _) in self._tries.items()}
-        if not sockets:
-            time.sleep(seconds)
-            return None
-        ready = select.select(list(sockets), [], [], seconds)[0]
-        greeted = [sockets[sock] for sock in ready if self._greets(sockets[sock])]
-        for address, (_, opened) in list(self._tries.items()):
-            if time.monotonic() - opened > GREETING:
-                self._give_up(address, errno.ETIMEDOUT)
-        if greeted:
-            self.close()
-        return min(greeted, key=address_rank, default=None)
-
-    def _connect(self, address: str) -> None:
-        import socket
-
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        self._tries[address] = (sock, time.monotonic())
-        try:
-            failure = sock.connect_ex((address, self._port))
-        except OSError as bad:          # an address that only looks like one
-            failure = bad.errno or errno.EINVAL
-        if failure not in (0, errno.EINPROGRESS):
-            self._give_up(address, failure)
-
-    def _greets(self, address: str) -> bool:
-        try:
-            greeting = self._tries[address][0].recv(4)
-        except BlockingIOError:
-            return False
-        except OSError as failure:
-            self._give_up(address, failure.errno or errno.EIO)
-            return False
-        if greeting != b"SSH-":
-            self._give_up(address, errno.EPROTO)
-        return bool(greeting == b"SSH-")
-
-    def _give_up(self, address: str, failure: int) -> None:
-        sock, _ = self._tries.pop(address)
-        sock.close()
-        self._errors[address] = failure or self._errors.get(address, 0)
-        self._rest[address] = time.monotonic() + 0.1
-
-    def close(self) -> None:
-        """Closes every connection: sshd counts those that are only looking, too."""
-        for address in list(self._tries):
-            self._give_up(address, 0)
-
-
-# ---- one machine
-
-
-class VM:
-    """One machine as a state object, addressed by UUID. What it tells is asked for when wanted, and not before."""
-
-    def __init__(self, utm: Utmctl, row: Row) -> None:
-        self._utm, self._notes = utm, utm.notes
-        self.uuid, self.name, self.power = row.uuid, row.name, row.power
-        self._lost = 0
-        self._refused: list[tuple[Power, tuple[str, ...]]] = []     # what was asked in which state, and answered -10004
-
-    def status(self) -> Power:
-        """The state as UTM tells it now; UNKNOWN if it does not. Raises NotFound if a clean list lacks the machine."""
-        reply = self._utm.insist(self._utm.call("status", self.uuid))
-        self.power = Power(reply.out.strip()) if reply.outcome is Outcome.DONE else Power.UNKNOWN
-        self._lost = self._lost + 1 if reply.outcome is Outcome.MISSING else 0
-        if self._lost and self._lost % 3 == 0:
-            rows = self._utm.rows(partial=True)
-            if not rows.broken and self.uuid not in {row.uuid for row in rows}:
-                raise NotFound(f"{self.name} is gone: it was deleted meanwhile", "To see the others: kodemachine list")
-        return self.power
-
-    def _denied(self, *words: str) -> Unreachable | None:
-        """What there is to say of an order that UTM answered twice by -10004, and the state is as it was.
-
-        Then it is no chance, but a missing permission (contract 4).
-        """
-        return Unreachable(f"UTM did not take the order ({words[0]} {self.name}) (-10004)", NOT_ALLOWED) \
-            if self._refused.count((self.power, words)) == 2 else None
-
-    def _ask(self, *words: str, limit: float | None = None) -> Reply:
-        """One order to utmctl, after which callers look at the state before they repeat it. Raises Unreachable."""
-        denied = self._denied(*words)
-        if denied:
-            raise denied
-        reply = self._utm.insist(self._utm.call(*words, limit=limit))
-        if reply.numbers[-1:] == (-10004,):
-            self._refused.append((self.power, words))
-        return reply
-
-    def power_on(self, limit: float, *, hide: bool = True, disposable: bool = False,
-                 before_cold: Callable[[], None] | None = None) -> None:
-        """Starts or resumes, until the state is `started`; the state is believed, never the exit status (contract 2).
-
-        `before_cold` runs before the first start from `stopped`, and its time does not count. Raises TimedOut after
-        `limit` seconds, or KodeError with UTM's words if it stays as it was after three answers.
-        """
-        options = ["--hide"] * hide + ["--disposable"] * disposable
-        asked, again_at, complaint = 0, 0.0, ""
-        told: Power | None = self.power         # by the list that this machine was just taken from
-        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
-            power, told = told or self.status(), None
-            if power is Power.STARTED:
-                return
-            if power in (Power.STOPPED, Power.PAUSED) and time.monotonic() >= again_at:
-                if asked == 3:
-                    raise KodeError(f"{self.name} does not start, it stays {power.value}" + complaint,
-                                    "Try it in UTM's window; it may show more.")
-                if power is Power.STOPPED and before_cold:
-                    before_cold()
-                    self.power_on(limit, hide=hide, disposable=disposable)
-                    return
-                reply = self._ask("start", *options, self.uuid)
-                complaint = f": {reply.sentence}" if reply.sentence else ""
-                asked += reply.outcome not in (Outcome.TRANSIENT, Outcome.HUNG)     # for these the time is the limit
-                again_at = time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.value})" + complaint,
-                       f"Look at it in UTM's window, or {MORE_TIME}.")
-
-    def greet(self, port: int, limit: float, call: Call | None = None, more_time: str = MORE_TIME) -> str:
-        """Waits until the guest's ssh server greets, and returns its address. `call`: a question already asked.
-
-        The guest agent is asked for addresses while those known already are probed. Raises KodeError as soon as the
-        machine is off, TimedOut after `limit` seconds, which says how to allow for `more_time`.
-        """
-        prober, ask_at = Prober(port), 0.0
-        known: list[str] = []
-        began, warned = time.monotonic(), False
-        deadline, quiet = began + limit, bool(call)     # a reconnect says nothing, unless it takes long
-        try:
-            while time.monotonic() < deadline:
-                if quiet and time.monotonic() > began + 0.5:
-                    quiet = False
-                    self._notes.step(f"waiting for ssh on {self.name}")
-                if call is None and time.monotonic() >= ask_at:
-                    call = self._utm.begin("ip-address", self.uuid)
-                winner = prober.step(0.02) if known or not call else None
-                if winner:
-                    return winner
-                reply = self._utm.finish(call, 0.02 if known else 0.2) if call else None
-                if reply:
-                    call = None
-                    known = parse_addresses(reply.out) if reply.outcome is Outcome.DONE else known
-                    prober.aim(known)
-                    waited = time.monotonic() - began       # an address is noticed late by a twentieth of that
-                    ask_at = began + waited + min(max(0.2, waited / 20), 1.0)
-                    if reply.outcome is not Outcome.DONE:
-                        self._utm.insist(reply)
-                        self._must_run()
-                if not warned and prober.unreachable and time.monotonic() > began + 8 and local_network_rules():
-                    warned = True
-                    self._notes.warn(LOCAL_NETWORK)
-                self._notes.tick()
-        finally:
-            prober.close()
-            self._utm.drop(call)
-        seen, hint = "its guest agent reports no address", f"Check its console: kodemachine attach {self.name}"
-        if known:       # so the agent works; and images that `base create` makes have no password for the console
-            seen = f"its ssh port does not answer at {', '.join(known)}"
-            hint = f"Check its ssh server: kodemachine exec {self.name} -- systemctl status ssh"
-        raise TimedOut(
-            f"{self.name} cannot be reached by ssh after {limit:.0f} s: it is {self.power.value}, but {seen}",
-            LOCAL_NETWORK if prober.unreachable and local_network_rules() else f"{hint}\nOr {more_time}.",
-        )
-
-    def _must_run(self) -> None:
-        if self.status() in (Power.STOPPED, Power.PAUSED):
-            raise KodeError(f"{self.name} is {self.power.value}: it went off while it was being waited for",
-                            f"Its console may tell more, once it is started again: kodemachine attach {self.name}")
-
-    def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
-                  macs: Sequence[str] = ()) -> Reply:
-        """Changes a stopped machine's configuration; memory in MiB.
-
-        The answer has a line each for name, memory, CPUs, and every network address, as they are then.
-        """
-        return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
-
-    def prepare(self, memory: int | None, cpus: int | None, copy_of: str = "") -> None:
-        """Gives a stopped machine network addresses that no other has, with `memory` (MiB) and `cpus` in one change.
-
-        UTM copies the base's (contract 3.5). `copy_of`: the UUID of the machine that it must be a whole copy of.
-        Raises Unreachable if macOS refuses, WrongState if the machine is not stopped any more, KodeError unless it is
-        proved done.
-        """
-        problem = "UTM does not answer"
-        for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
-            reply = self._utm.script(HARDWARE)
-            if reply.outcome is Outcome.DONE:
-                found = parse_hardware(reply.out)
-                relevant = [found[uuid] for uuid in (self.uuid, copy_of) if uuid in found]
-                # An empty answer, as while UTM starts, proves nothing.
-                if self.uuid not in found or not all(hardware.known for hardware in relevant):
-                    problem = "UTM does not report its hardware"
-                    continue
-                if copy_of:
-                    self.must_be_whole(found, copy_of)
-                mine = found.pop(self.uuid).macs
-                others = {mac for hardware in found.values() for mac in hardware.macs}
-                shared = [mac in others or mine.count(mac) > 1 or "?" in {mac, *others} for mac in mine]
-                if not (any(shared) or memory or cpus):
-                    return
-                wanted = [random_mac() if bad else mac for mac, bad in zip(mine, shared)]
-                reply = self.configure("", memory, cpus, wanted)
-                lines = reply.out.splitlines()
-                proved = all(want in (None, got) for want, got in zip((memory, cpus), map(as_number, lines[1:3])))
-                if proved and lines[3:3 + len(wanted)] == wanted:
-                    return
-            problem = reply.sentence or f"UTM answers {reply.outcome.value}"
-            if reply.outcome is Outcome.REFUSED:
-                raise Unreachable(
-                    f"{self.name} was not started: macOS does not permit to check its network address (-1743)",
-                    f"{NOT_ALLOWED} {MAC_SETTING}",
-                )
-            if reply.outcome in (Outcome.FAILED, Outcome.MISSING):
-                if self.status() is not Power.STOPPED:      # perhaps by what an earlier run had asked of UTM
-                    raise WrongState(f"{self.name} is {self.power.value}: it was turned on meanwhile",
-                                     "Run the same command again.")
-                break
-        raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
-                        MAC_SETTING)
-
-    def must_be_whole(self, found: dict[str, Hardware], copy_of: str) -> None:
-        """Raises KodeError if this machine is a copy that was not made to its end, of the machine with that UUID.
-
-        UTM ignores errors while it copies, and lists a half bundle after it was interrupted (contract 3, 10.12).
-        """
-        missing = missing_part(found[self.uuid], found.get(copy_of))
-        if missing:
-            raise KodeError(f"{self.name} ({self.uuid}) is an incomplete copy and cannot be used: {missing}",
-                            f"Delete it: {shlex.quote(self._utm.path())} delete {self.uuid}\n"
-                            "Then run the same command again.")
-
-    def addresses(self) -> list[str]:
-        """The addresses that the guest agent tells, likeliest first; none if it does not answer."""
-        reply = self._utm.call("ip-address", self.uuid)
-        return parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
-
-    def await_addresses(self, limit: float) -> list[str]:
-        """The addresses as soon as there are more than link-local ones, which come early in a boot; else those.
-
-        Raises KodeError if there is none (TimedOut after `limit` seconds if that is not 0), or the machine goes off.
-        """
-        for _ in attempts(limit, self._notes.tick, 0.3, 2.0):
-            reply = self._utm.insist(self._utm.call("ip-address", self.uuid))
-            found = parse_addresses(reply.out) if reply.outcome is Outcome.DONE else []
-            if any(address_rank(address) < 3 for address in found):
-                break
-            self._must_run()
-        if not found:
-            raise (TimedOut if limit else KodeError)(
-                f"the guest agent of {self.name} tells no address",
-                f"Look at its console: kodemachine attach {self.name}" if limit
-                else f"While it boots, wait: kodemachine ip --all --wait 60 {self.name}")
-        return found
-
-    def ask_to_stop(self, limit: float) -> None:
-        """Presses the power key until the guest has powered off. A paused machine is resumed to hear it.
-
-        Raises TimedOut after `limit` seconds; nothing was forced then.
-        """
-        again_at = 0.0
-        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
-            power = self.status()
-            if power is Power.STOPPED:
-                return
-            if time.monotonic() >= again_at and power in (Power.STARTED, Power.PAUSED):
-                words = ("stop", self.uuid, "--request") if power is Power.STARTED else ("start", "--hide", self.uuid)
-                if power is Power.PAUSED or not self._denied(*words):      # it runs on for a while after a key it heard
-                    self._ask(*words)
-                again_at = time.monotonic() + (PRESS_AGAIN if power is Power.STARTED else ASK_AGAIN)
-        raise self._denied("stop", self.uuid, "--request") or TimedOut(
-            f"{self.name} did not power off within {limit:.0f} s (it is {self.power.value})",
-            f"Turn it off hard: kodemachine stop --force {self.name}")
-
-    def force_off(self, kill: bool = False) -> None:
-        """Turns off through UTM's stages, --force and then --kill, until the state is `stopped` (contract 2)."""
-        for stage in ("--kill",) if kill else ("--force", "--kill"):
-            again_at = 0.0
-            for _ in attempts(FORCE_STAGE, self._notes.tick, 0.1, 0.5):
-                power = self.status()
-                if power is Power.STOPPED:
-                    return
-                if stage == "--force" and power in (Power.PAUSED, Power.STOPPING):
-                    if power is Power.PAUSED:       # --force is refused there
-                        break
-                elif time.monotonic() >= again_at and (stage == "--kill" or power is Power.STARTED):
-                    self._ask("stop", self.uuid, stage, limit=FORCE_STAGE / 2)
-                    again_at = time.monotonic() + ASK_AGAIN
-        if self.status() is not Power.STOPPED:      # the last request was not looked after yet
-            raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.value})",
-                           "Quit UTM and open it again.")
-
-    def suspend(self, limit: float, save: bool) -> None:
-        """Pauses to memory, with `save` also to disk; raises KodeError if only the pause succeeded (contract 2)."""
-        asked: Reply | None = None
-        again_at, repeated = 0.0, False         # what a repeated request is told, is not about the first one
-        for _ in attempts(limit, self._notes.tick, 0.1, 0.5):
-            power = self.status()
-            if power is Power.STOPPED:
-                raise WrongState(f"{self.name} is stopped, there is nothing to suspend",
-                                 f"Start it: kodemachine start -d {self.name}")
-            if power is Power.PAUSED and (not save or (asked and asked.outcome is Outcome.DONE)):
-                return
-            if power is Power.PAUSED and not asked:
-                raise WrongState(f"{self.name} is paused already; only a running machine can be saved",
-                                 f"First: kodemachine resume {self.name}")
-            if power is Power.PAUSED and asked and asked.outcome is Outcome.FAILED and not repeated:
-                raise KodeError(
-                    f"{self.name} is paused in memory, but saving it to disk failed: {asked.sentence}",
-                    f"It goes on with: kodemachine resume {self.name}",
-                )
-            if power is Power.PAUSED:
-                raise TimedOut(f"{self.name} is paused; UTM gave no answer to whether it was saved to disk",
-                               f"It goes on with: kodemachine resume {self.name}")
-            if power is Power.STARTED and time.monotonic() >= again_at:
-                if asked and asked.outcome is Outcome.FAILED:
-                    raise KodeError(f"{self.name} cannot be suspended: {asked.sentence}",
-                                    f"It still runs. To shut it down instead: kodemachine stop {self.name}")
-                repeated = asked is not None
-                asked = self._ask("suspend", self.uuid, *["--save-state"] * save)
-                again_at = time.monotonic() + ASK_AGAIN
-        raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.value})",
-                       f"See what became of it: kodemachine status {self.name}")
-
-    def delete(self, limit: float) -> None:
-        """Deletes a stopped machine, which utmctl does unasked (contract 1.2); returns when a clean list lacks it.
-
-        Right before each request a clean list has to show this UUID under this name, stopped. One without an answer is
-        looked after, and repeated once (contract 9.6). Raises WrongState, TimedOut, or KodeError with UTM's words.
-        """
-        asked, again_at, complaint = 0, 0.0, ""
-        for _ in attempts(limit, self._notes.tick, 0.1, 1.0):
-            row = next((row for row in self._utm.rows() if row.uuid == self.uuid), None)
-            if row is None:
-                return
-            if row.name != self.name:
-                raise WrongState(f"{self.name} is called {row.name} now and was not deleted",
-                                 "See what is there: kodemachine list -a")
-            if row.power is Power.UNKNOWN or time.monotonic() < again_at:
-                continue
-            if row.power is not Power.STOPPED:
-                raise WrongState(f"{self.name} is {row.power.value} and was not deleted",
-                                 "Stop it first, or add --force.")
-            self.power = row.power
-            if asked == 2 and not self._denied("delete", self.uuid):
-                break
-            reply = self._ask("delete", self.uuid)
-            complaint = reply.sentence
-            if reply.outcome is Outcome.FAILED and asked:
-                raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Look at it in UTM's window.")
-            asked += 1
-            told = reply.outcome in (Outcome.FAILED, Outcome.MISSING) or reply.numbers[-1:] == (-10004,)
-            again_at = time.monotonic() + (1.0 if told else DELETE_SETTLE)
-        raise TimedOut(
-            f"{self.name} is still there after its deletion was asked for" + (f": {complaint}" if complaint else ""),
-            "Look at it in UTM's window, then try again.",
-        )
-
-    def await_agent(self, limit: float) -> None:
-        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
-        complaint = ""
-        for _ in attempts(limit, self._notes.tick, 0.3, 3.0):
-            try:
-                self.run(["true"], limit=LIMITS["osascript"])
-                return
-            except (Unreachable, UsageError):
-                raise
-            except KodeError as failure:
-                complaint = failure.message
-            self._must_run()
-        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s: {complaint}",
-                       "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
-
-    def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
-        """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
-
-        `data`: its input, at most EXEC_INPUT bytes. A command that a signal ended has 128 + its number as status.
-        `utmctl exec` is of no help: up to 5.0.8 it does not wait for the command (contract 1.3).
-        After `limit` seconds, or a signal to us, the command goes on in the guest (contract 0.4).
-        Raises KodeError if the command was not run, or if its result is lost, TimedOut after `limit`.
-        """
-        import base64
-
-        text = base64.b64encode(data).decode()
-        pieces = [text[i:i + EXEC_PIECE] for i in range(0, len(text), EXEC_PIECE)]
-        try:
-            reply = self._utm.script(GUEST_COMMAND, self.uuid, str(len(pieces)), *pieces, *argv, limit=limit)
-        except Interrupted:
-            self._notes.warn(f"the command was not stopped: it may still be running in {self.name}")
-            raise
-        self._utm.insist(reply)
-        status, out, err = (reply.out.split("\n") + ["", ""])[:3]
-        code = re.fullmatch(r"(\d{1,10}) (\d{1,3})", status)
-        if reply.outcome is Outcome.DONE and code:
-            output, errors = base64.b64decode(out), base64.b64decode(err)
-            if max(len(output), len(errors)) >= EXEC_OUTPUT:
-                self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
-            return 128 + int(code.group(2)) if code.group(2) != "0" else int(code.group(1)), output, errors
-        look = f"To look: kodemachine ssh {self.name}"
-        if reply.outcome is Outcome.HUNG:
-            raise TimedOut(f"the command in {self.name} did not end within {limit:.0f} s and may still be running",
-                           look)
-        # UTM's own words mean that nothing was started, except a time-out after the command was sent (contract 5, 7).
-        lost = "result lost: "
-        if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and lost not in reply.err:
-            raise KodeError(f"{self.name} did not confirm that it ran {argv[0]}: "
-                            f"{reply.sentence or reply.outcome.value}",
-                            "If its guest agent does not answer: it needs qemu-guest-agent. "
-                            f"ssh may still work: kodemachine ssh {self.name}")
-        raise KodeError(f"the result of {argv[0]} in {self.name} was lost, and it may still be running"
-                        + f" ({reply.sentence.rpartition(lost)[2]})" * bool(reply.sentence), look)
-
-    def serial_port(self, index: int | None) -> str:
-        """The machine's serial port: a device path, or host:port of a TCP one (contract 7). Raises KodeError.
-
-        `index` counts all ports from 0; None: the first that can be attached to.
-        """
-        for _ in attempts(LIMITS["status"], self._notes.tick, 0.2, 2.0):
-            reply = self._utm.insist(self._utm.script(SERIAL_PORTS, self.uuid))
-            if reply.outcome in (Outcome.DONE, Outcome.FAILED):
-                break
-        if reply.outcome is Outcome.FAILED:
-            raise KodeError(f"UTM does not report the serial ports of {self.name}: {reply.sentence}",
-                            f"Is it still running? To check: kodemachine status {self.name}")
-        if reply.outcome is not Outcome.DONE:
-            raise TimedOut(f"UTM does not report the serial ports of {self.name} ({reply.outcome.value})",
-                           "Check UTM's window, then try again.")
-        ports = reply.out.splitlines()
-        if index is not None:
-            ports = ports[index:index + 1]
-        for port in ports:
-            kind, _, place = port.partition(" ")
-            if kind in ("ptty", "tcp") and place:
-                return place
-        raise KodeError(
-            f"{self.name} has no serial port {'' if index is None else f'{index} '}that can be attached to",
-            "In UTM, give the image a serial device in mode 'Pseudo-TTY'; clones made from then on have it.",
-        )
-
-
-def open_script(path: str) -> BinaryIO:
-    """The script that `first_boot` names. Raises UsageError if it cannot be read."""
-    try:
-        return open(path, "rb")
-    except OSError as failure:
-        raise UsageError(f"first_boot is {path}: {failure.strerror}",
-                         "Name another script: kodemachine config set first_boot PATH ('' for none)") from None
-
-
-def local_network_rules() -> bool:
-    """Whether this is macOS 15 (Darwin 24) or newer, which asks before a program may speak to the local network."""
-    system = os.uname()
-    return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
-
-
-def own_command() -> list[str]:
-    """The words that start this program from anywhere.
-
-    install.sh makes it a zip application, inside of which `__file__` is; its first line names a Python whose path
-    outlives an upgrade, as that of the one which runs may not.
-    """
-    path = os.path.realpath(__file__)
-    return [sys.executable, "-IS", path] if os.path.exists(path) else [os.path.dirname(path)]
-
-
-def as_words(options: dict[str, str]) -> list[str]:
-    """ssh's options as words of a command line."""
-    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-
-
-# ---- the fleet
-
-
-class Cloner:
-    """Makes one copy of a stopped machine under a new name, and only one, whatever is lost or interrupted.
-
-    UTM tells no UUID and may report anything (contract 3), so the copy is what was not there before. The intent is
-    written down first; whoever comes next finds what has come of it, and never deletes or rolls back.
-    """
-
-    def __init__(self, utm: Utmctl, state: State, limit: float) -> None:
-        self._utm, self._state, self._limit, self._notes = utm, state, limit, utm.notes
-
-    def adopt(self, row: Row) -> bool:
-        """Records a machine that came of an intent for its name; false if none did."""
-        intent = Intent(self._state, row.name)
-        found = intent.load()
-        if not found or row.uuid in found["listed"]:
-            return False
-        image = {"name": found["base"], "uuid": found["base_uuid"]}
-        inherits = {"image": image, **found.get("inherits", {})}
-        self._state.record(row.uuid, **{**inherits, "name": row.name, "created": iso_time(found["time"]), "new": True,
-                                        "copy_of": found["base_uuid"] or None})
-        intent.remove()
-        return True
-
-    def finish(self, name: str) -> Row | None:
-        """What an earlier run's clone has come to, waited for as long as that run would have, or None."""
-        intent = Intent(self._state, name)
-        found = intent.load()
-        if not found:
-            return None
-        left = max(0.0, min(found["time"] + self._limit - time.time(), self._limit))
-        if found.get("incomplete") and found["incomplete"] not in {row.uuid for row in self._utm.rows()}:
-            intent.remove()             # the person has deleted what came of it
-            return None
-        self._notes.step(f"looking for the {name} that an earlier run began to clone (for up to {left:.0f} s)")
-        return self._await(name, intent, found, None, left)
-
-    @staticmethod
-    def must_be_free(name: str, rows: Sequence[Row]) -> None:
-        """Raises WrongState if a machine bears that name (compared without case, as UTM's folders are)."""
-        clash = next((row for row in rows if row.name.lower() == name), None)
-        if clash:
-            raise WrongState(f"there is a machine {clash.name} already ({clash.uuid})",
-                             "Rename it in UTM, whose folders do not tell upper from lower case, or take another name.")
-
-    def clone(self, base: Row, name: str, rows: Sequence[Row], afterwards: str = RUN_AGAIN, **inherits: Any) -> Row:
-        """Clones `base`; `rows` is a clean list made just before. Callers hold the fleet's lock.
-
-        `afterwards`: what to tell a person who interrupts it. `inherits`: what to record of the copy, unless it is
-        only that `base` is its image.
-        """
-        if self._await_other_calls(base):
-            rows = self._utm.rows()         # theirs have come since
-        self.must_be_free(name, rows)
-        return self._bring(base, name, rows, f"cloning {base.name} to {name}",
-                           ("clone", base.uuid, "--name", name), inherits, afterwards)
-
-    def make(self, name: str, rows: Sequence[Row], words: Sequence[str]) -> Row:
-        """Has UTM make a new machine, with the `words` behind its name in MAKE. Callers hold the fleet's lock."""
-        self.must_be_free(name, rows)
-        return self._bring(Row("", Power.STOPPED, name), name, rows, f"making {name}",
-                           ("osascript", "-e", MAKE, "--", name, *words), {"image": None, "making": True})
-
-    def _bring(self, base: Row, name: str, rows: Sequence[Row], what: str, words: Sequence[str],
-               inherits: dict[str, Any], afterwards: str = RUN_AGAIN) -> Row:
-        """The machine that the call `words` brings; made once more if UTM has not heard it."""
-        intent = Intent(self._state, name)
-        for repeated in (False, True):
-            self._notes.step(what + " once more" * repeated)
-            found, handle = intent.declare(base, rows, inherits)
-            try:
-                call = self._utm.begin(*words, limit=self._limit, keep=[handle])
-            except Unreachable:
-                intent.remove()             # nothing was asked of UTM
-                raise
-            finally:
-                os.close(handle)
-            try:
-                row = self._await(name, intent, found, call, self._limit)
-            except Interrupted:
-                self._notes.warn(f"UTM goes on {what}; {afterwards}")
-                raise
-            finally:
-                self._utm.drop(call)
-            if row:
-                return row
-        intent.remove()
-        assert call.reply
-        number = f" ({call.reply.numbers[-1]})" if call.reply.numbers else ""
-        raise Unreachable(f"UTM did not take the order ({what}){number}", "Open UTM and try again. " + NOT_ALLOWED)
-
-    def _await_other_calls(self, base: Row) -> bool:
-        """Waits for clone calls that outlived their kodemachine: two would race for one name (contract 3).
-
-        Returns whether there were any; raises TimedOut if one does not end.
-        """
-        waited = False
-        for name in self._state.intents():
-            intent = Intent(self._state, name)
-            if intent.call_alive() and (intent.load() or {}).get("base_uuid") == base.uuid:
-                waited = True
-                self._notes.step(f"waiting until UTM has cloned {name}")
-                for _ in attempts(self._limit, self._notes.tick):
-                    if not intent.call_alive():
-                        break
-                else:
-                    raise self._under_way(name)
-        return waited
-
-    @staticmethod
-    def _under_way(name: str) -> TimedOut:
-        return TimedOut(f"the call that an earlier run made for {name} is still under way; UTM may still be copying",
-                        "Run the same command again later. If that does not help, quit UTM and open it again.")
-
-    def _await(self, name: str, intent: Intent, found: dict[str, Any], call: Call | None, limit: float) -> Row | None:
-        """The machine that comes of an intent; None if there is none, and no later one to be feared.
-
-        `found` is what the intent says, and `call` this run's own, or None for an earlier run's. After `limit` seconds
-        (0: that time has been over long since) what comes is no longer ours for sure.
-        Raises KodeError if it failed, or if what came is not provably ours.
-        """
-        half_name = re.compile(re.escape(found["base"]) + r"(?: \d+)?")
-        deadline, renames = time.monotonic() + limit, 0
-        seen: object = None
-        since = 0.0
-        for _ in attempts(max(limit, 2 * UNCHANGED), self._notes.tick, 0.1, 0.5):
-            reply = self._utm.finish(call, 1.0) if call else None
-            ended = bool(reply) or not (call or intent.call_alive())
-            rows = self._utm.rows()
-            new = [row for row in rows if row.uuid not in found["listed"]]
-            named = [row for row in new if row.name == name]
-            # Without its base beside it, what bears the base's very name is the base, made anew by somebody.
-            orphaned = found["base_uuid"] not in {"", *(row.uuid for row in rows)}
-            half = [] if named else [row for row in new if half_name.fullmatch(row.name)
-                                     and not (orphaned and row.name == found["base"])]
-            if seen != (new, ended):
-                seen, since = (new, ended), time.monotonic()
-            settled = time.monotonic() - since >= UNCHANGED
-            if len(named) == 1 and named[0].power is not Power.UNKNOWN and (ended or settled):
-                return named[0]
-            if len(named) > 1 or (ended and settled and len(half) > 1):
-                which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
-                raise WrongState(f"more than one machine may be the new {name}: {which}",
-                                 f"Name one of them {name} in UTM, and delete or rename the others.")
-            if ended and settled and len(half) == 1 and half[0].power is Power.STOPPED:
-                self._must_be_whole(half[0], intent, found)
-            if ended and settled and half and (orphaned or not limit):
-                raise WrongState(f"{half[0].name} ({half[0].uuid}) may be what an earlier run began to clone to {name}",
-                                 f"If so, rename it to {name} in UTM; if not, give it another name.")
-            if ended and settled and half and half[0].power is Power.STOPPED:
-                if renames == 3:
-                    break
-                self._rename(half[0], name)
-                renames, since = renames + 1, time.monotonic()
-            elif reply and not (named or half):
-                problem = self._in_vain(reply, found, name, time.monotonic() - since)
-                if problem:
-                    intent.remove()
-                    raise problem
-                if time.monotonic() - since >= SETTLE and was_not_heard(reply):
-                    return None
-            elif not (named or half) and time.monotonic() >= deadline:
-                break
-        if half:
-            raise TimedOut(
-                f"the clone {name} is unfinished: {half[0].name} ({half[0].uuid}) is {half[0].power.value}",
-                f"When UTM is done with it, run this again; or rename it to {name} in UTM.",
-            )
-        if call:
-            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
-                           "Run the same command again: it finds the machine if it has come, and makes no second one.")
-        if not ended:
-            raise self._under_way(name)
-        return None
-
-    def _must_be_whole(self, row: Row, intent: Intent, found: dict[str, Any]) -> None:
-        """Raises KodeError if the machine is an incomplete copy; the intent then says so to later runs."""
-        hardware = self._utm.hardware(row.uuid, found["base_uuid"])
-        try:
-            VM(self._utm, row).must_be_whole(hardware, found["base_uuid"])
-        except KodeError:
-            intent.rewrite({**found, "incomplete": row.uuid})
-            raise
-
-    def _in_vain(self, reply: Reply, found: dict[str, Any], name: str, seconds: float) -> KodeError | None:
-        """What there is to say of a clone call that has ended, left nothing for `seconds`, and will leave nothing."""
-        base = found["base"]
-        deed = f"clone {base} to {name}" if found["base_uuid"] else f"make {name}"
-        try:
-            self._utm.insist(reply)
-        except Unreachable as refusal:
-            return refusal
-        if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
-            running = [row for row in self._utm.rows() if row.uuid == found["base_uuid"]
-                       and row.power is not Power.STOPPED]
-            return KodeError(
-                f"UTM could not {deed}: {reply.sentence}",
-                f"{base} is {running[0].power.value}; only a stopped one can be cloned." if running
-                else "Is the disk full? Try it in UTM's window; it may show more.",
-            )
-        if reply.outcome is Outcome.DONE and seconds >= SETTLE:
-            return KodeError(f"UTM reported that it did {deed}, but there is no new machine",
-                             "Try again; is the disk full?")
-        return None
-
-    def _rename(self, row: Row, name: str) -> None:
-        """Completes UTM's half-done renaming of a machine that is provably ours."""
-        self._notes.step(f"completing the name of {row.name}: {name}")
-        try:
-            reply = self._utm.insist(VM(self._utm, row).configure(name=name))
-        except Unreachable as failure:
-            raise Unreachable(
-                f"the new machine is still called {row.name} ({row.uuid}), and cannot be renamed: "
-                f"{failure.message}",
-                f"Rename it to {name} in UTM, then run this again.",
-            ) from None
-        if reply.outcome is not Outcome.DONE:
-            self._notes.warn(f"UTM did not rename {row.name}: {reply.sentence}")
-
-
-class Handoff:
-    """What ssh and scp are told, so that a session ends in that very machine or not at all."""
-
-    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str]) -> None:
-        self._settings, self._utm, self._state, self._words = settings, utm, state, words
-
-    def keep_alive(self, host: str) -> dict[str, str]:
-        """Ends a session whose machine is gone within 45 s, unless the person's configuration has its own interval."""
-        reply = None
-        with contextlib.suppress(KodeError):        # without ssh there is no session either, and that is said then
-            reply = self._utm.call("ssh", "-G", "--", host)
-        if reply and re.search(r"(?m)^serveraliveinterval [1-9]", reply.out):
-            return {}
-        return {"ServerAliveInterval": "10", "ServerAliveCountMax": "3"}
-
-    def pin(self, vm: VM) -> bool:
-        """Makes the machine's recorded host keys the only known ones of its name; false if there are none.
-
-        Then ssh may learn one, in the same file; the next handoff takes it over into the record.
-        """
-        record = self._state.records().get(vm.uuid, {})
-        recorded = record.get("host_keys")
-        keys = parse_host_keys([key for key in recorded if isinstance(key, str)]) if isinstance(recorded, list) else []
-        if not keys and record.get("learning"):
-            keys = self._state.pinned(vm.name)
-            self._state.record(vm.uuid, host_keys=keys or None)
-        self._state.pin(vm.name, keys)
-        if not keys and not record.get("learning"):
-            self._state.record(vm.uuid, name=vm.name, learning=True)
-        return bool(keys)
-
-    def _own_options(self, pinned: bool) -> dict[str, str]:
-        """What ties ssh to our own host keys, whatever the person's own configuration says of `Host *`."""
-        def quoted(path: str) -> str:
-            return '"' + path.replace("%", "%%") + '"'
-        options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
-                   "StrictHostKeyChecking": "yes" if pinned else "accept-new", "UpdateHostKeys": "no",
-                   "VerifyHostKeyDNS": "no", "HashKnownHosts": "no", "CheckHostIP": "no",
-                   "IgnoreUnknown": "*", "KnownHostsCommand": "none",
-                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
-        if self._settings.ssh_user:
-            options["User"] = self._settings.ssh_user
-        if self._settings.identity_file:
-            options["IdentityFile"] = quoted(self._settings.identity_file)
-        return options
-
-    def argv(self, vm: VM, address: str, command: Sequence[str], pinned: bool) -> list[str]:
-        """The command line of ssh to an address; the words of `command` are joined by the guest's login shell."""
-        options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(pinned), "ProxyJump": "none",
-                   "ProxyCommand": "none", "ProxyUseFdpass": "no", "Port": str(self._settings.ssh_port),
-                   **self.keep_alive(address)}
-        return ["ssh", *as_words(options), "--", address, *command]
-
-    def name_options(self, pinned: bool = True) -> dict[str, str]:
-        """The options with which ssh, scp and others reach a machine by its name, by way of `kodemachine proxy`.
-
-        No Port and no HostKeyAlias: so the host key is looked up under the plain name. The program by its absolute
-        path, since editors lack ~/bin on PATH; the proxy hands its connected socket to ssh.
-        """
-        proxy = shlex.join([*own_command(), *self._words, "proxy", *["--learning"] * (not pinned)]).replace("%", "%%")
-        return {"ProxyCommand": f"{proxy} %h", "ProxyUseFdpass": "yes", **self._own_options(pinned)}
-
-
-# What the guest agent runs in a new clone, as root; $1 is the label. It prints what it found, each line behind a
-# mark of its own, and last that it came to its end. Before that all is flushed: a machine that is forced off within a
-# minute would come back with an empty /etc/hostname and empty host keys.
+# The guest agent runs this in a new clone, as root; $1 is the label. It prints one finding per line, and as its last
+# line that it has reached its end. Before that everything is flushed: a machine that is forced off within a minute
+# would come back with an empty /etc/hostname and empty host keys.
 #
-# If $2 is `renew`, it is a fork, which has the host keys and the machine-id of the machine it was cloned from. They
-# are replaced, each as a whole. DHCP clients send what was made of the machine-id at boot (contract 3), and ask for
-# the address of their last lease: so that is dropped, and the caller starts the guest anew.
-PERSONALITY = r"""
+# With $2 = renew the machine is a copy of a clone, which has the original's host keys and machine-id. They are
+# replaced, each as a whole. DHCP clients send an identifier that was made from the machine-id at boot (contract 3), and
+# ask for the address of their last lease. So the leases are removed, and the caller restarts the guest.
+IDENTITY = r"""
 label=$1
 { printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
 printf '%s\n' "$label" > /etc/hostname
@@ -2556,585 +1908,10 @@ sync
 echo "end=$label"
 """
 
-
-def image_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The image that a machine was cloned from, as it is recorded: its name and UUID; {} if that is not known."""
-    image = record.get("image")
-    return image if isinstance(image, dict) else {}
-
-
-def whole_name(image: str) -> str:
-    """The name of the image that is meant by `v0.2.0`; any other as it is."""
-    return "kodeimage-" + image if IMAGE.fullmatch("kodeimage-" + image) else image
-
-
-def without_trace(record: dict[str, Any]) -> dict[str, str | None]:
-    """What to change in a record when a boot that leaves no trace in the machine (--disposable) is over."""
-    if not record.get("disposable"):
-        return {}
-    keys = ["disposable"] if record.get("personality") else ["disposable", "host_keys", "learning"]
-    return {**dict.fromkeys(keys), **({"first_boot": "pending"} if record.get("first_boot") == "ran" else {})}
-
-
-class Manager:
-    """The fleet: from a label to a machine, and everything that is done to machines."""
-
-    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str] = ()) -> None:
-        """`words`: what a kodemachine that others start for us has to be told on its command line."""
-        self.settings, self.utm, self.state = settings, utm, state
-        self._notes, self.cloner = utm.notes, Cloner(utm, state, settings.clone_timeout)
-        self.handoff = Handoff(settings, utm, state, words)
-        self._turn = threading.Lock()
-        self._waiting_since: float | None = None        # for another kodemachine to be done with the fleet
-
-    # -- names
-
-    def label(self, text: str) -> str:
-        """The label that a person's word stands for; the prefix typed by habit is dropped. Raises UsageError."""
-        label = text.removeprefix(self.settings.prefix)
-        if text == ".":
-            try:
-                here = os.getcwd()
-            except OSError as failure:
-                raise UsageError(f"the current folder has no name: {failure.strerror}", "Change to another.") from None
-            label = re.sub(r"[^a-z0-9]+", "-", os.path.basename(here).lower()).strip("-")
-            label = label.removeprefix(self.settings.prefix)[:63 - len(self.settings.prefix)].rstrip("-")
-        if label in RESERVED:
-            raise UsageError(f"{label!r} is a word of kodemachine's own and cannot be a machine's label",
-                             f"Did you mean {ELSEWHERE[label]!r}? See: kodemachine help" if label in ELSEWHERE
-                             else "See: kodemachine help")
-        if not LABEL.fullmatch(label) or label.startswith(self.settings.prefix):
-            raise UsageError(
-                f"{text!r} cannot be a label",
-                f"It is an image's name. For a machine from it: kodemachine start LABEL --base {text}"
-                if IMAGE.fullmatch(text) else
-                "A label has lower-case letters, digits and inner hyphens, such as project-alpha.",
-            )
-        if len(self.settings.prefix + label) > 63:
-            raise UsageError(
-                f"{label!r} is too long for a label",
-                f"At most {63 - len(self.settings.prefix)} characters fit, with the prefix {self.settings.prefix!r}.",
-            )
-        return label
-
-    def label_of(self, name: str) -> str | None:
-        """The label in a machine's name; None for a name that no label of ours makes."""
-        label = name[len(self.settings.prefix):]
-        ours = name.startswith(self.settings.prefix) and len(name) <= 63 and LABEL.fullmatch(label)
-        return label if ours and not label.startswith(self.settings.prefix) else None
-
-    def _image_uuids(self) -> set[str]:
-        bases = (image_of(record).get("uuid") for record in self.state.records().values()
-                 if not IMAGE.fullmatch(str(record.get("name"))))       # what an image was made from, is none itself
-        return {uuid for uuid in bases if isinstance(uuid, str)}
-
-    def images(self, rows: Sequence[Row]) -> list[Row]:
-        """The golden images among the rows: the configured one, any kodeimage-v..., and any that a clone came from."""
-        bases, own = self._image_uuids(), self.settings.base_image or ""
-        return [row for row in rows if row.name == own or row.name.startswith("kodeimage-v")
-                or row.uuid in (own.upper(), *bases)]
-
-    def clones(self, rows: Sequence[Row]) -> list[Row]:
-        """The machines that are ours: the prefix and a valid label make the name, and it is no image."""
-        images = set(self.images(rows))
-        return [row for row in rows if row not in images and self.label_of(row.name)]
-
-    def row_of(self, rows: Sequence[Row], label: str) -> Row | None:
-        """The one clone of that label. Raises WrongState if two bear its name, or if it is an image."""
-        name = self.settings.prefix + label
-        found = [row for row in rows if row.name == name]
-        if len(found) > 1:
-            raise WrongState(f"{len(found)} machines are called {name}: " + ", ".join(row.uuid for row in found),
-                             "Rename or delete one of them in UTM.")
-        if found and found[0] in self.images(rows):
-            raise WrongState(f"{name} is an image that other machines were cloned from, not a clone",
-                             "Images are never started or changed.")
-        return found[0] if found else None
-
-    def find(self, label: str) -> VM:
-        """The clone of that label. Raises NotFound if a clean list lacks it."""
-        rows = self.utm.rows(partial=True)
-        row = self.row_of(rows, label)
-        if row is None:
-            rows.must_be_complete()
-            labels = sorted(str(self.label_of(row.name)) for row in self.clones(rows))
-            raise NotFound(f"there is no machine {label}", f"There are: {', '.join(labels)}" if labels else
-                           f"Make it: kodemachine {label}")
-        return VM(self.utm, row)
-
-    @contextlib.contextmanager
-    def holding(self, label: str, *, wait: bool = True) -> Iterator[None]:
-        """Holds the label's lock, which comes before the fleet's."""
-        with self.state.lock(self.settings.prefix + label, self.settings.lock_limit, wait=wait):
-            yield
-
-    @contextlib.contextmanager
-    def fleet(self) -> Iterator[None]:
-        """Holds the fleet's lock: for clone, rename, configuration and delete.
-
-        Our own threads take turns before it, so that only the time that others take counts as waiting; and that is
-        counted once for all of them.
-        """
-        with self._turn:
-            self._waiting_since = self._waiting_since or time.monotonic()
-            left = self._waiting_since + self.settings.lock_limit - time.monotonic()
-            with self.state.lock("fleet", max(1.0, left), what="the fleet"):
-                self._waiting_since = None
-                yield
-
-    def record_of(self, uuid: str) -> dict[str, Any]:
-        """What is known of a machine."""
-        return self.state.records().get(uuid, {})
-
-    # -- the spawn
-
-    def obtain(self, label: str, wishes: Wishes) -> tuple[VM, Call | None]:
-        """The clone of that label, made if it is missing, and a question for its addresses.
-
-        That question is asked of the UUID remembered for the name while the list is on its way, and its answer is
-        only kept if the list shows exactly that machine, started. Callers hold the label's lock.
-        """
-        name = self.settings.prefix + label
-        known = [uuid for uuid, record in self.state.records().items()
-                 if record.get("name") == name and UUID.fullmatch(uuid)]
-        call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
-        try:
-            listing = self.utm.begin("list")
-            import base64  # noqa: F401 (what probe and handoff need: now, while UTM looks, it costs no time)
-            import socket  # noqa: F401
-
-            rows = self.utm.rows(partial=True, call=listing)
-            row = self.row_of(rows, label)
-            if row is None:
-                rows.must_be_complete()
-                self._may_clone(label, wishes, filter(None, map(self.label_of, (row.name for row in rows))))
-                return VM(self.utm, self._clone(label, wishes)), None
-            self.cloner.adopt(row)
-            self._keep_as_it_is(row, label, wishes)
-            record = self.record_of(row.uuid)
-            if self.is_orphan(row, record):
-                self.state.record(row.uuid, rm=None)        # somebody wants it after all
-            if record.get("name", name) != name:
-                self.state.record(row.uuid, name=name)      # it was renamed in UTM
-            if row.uuid in known and row.power is Power.STARTED:
-                kept, call = call, None
-                return VM(self.utm, row), kept
-            return VM(self.utm, row), None
-        finally:
-            self.utm.drop(call)
-
-    def _clone(self, label: str, wishes: Wishes) -> Row:
-        """A new machine of that label, or the one that an earlier run began to make."""
-        name = self.settings.prefix + label
-        with self.fleet():
-            intent = Intent(self.state, name)
-            begun = intent.load()
-            row = self.cloner.finish(name)
-            rows = self.utm.rows()
-            row = row or self.row_of(rows, label)     # it may have come since the first look, as UTM was starting
-            if row:
-                self.cloner.adopt(row)
-                self._keep_as_it_is(row, label, wishes)
-            elif begun and begun.get("inherits", {}).get("fork"):       # else this one would pass for that copy
-                intent.remove()
-                raise WrongState(f"nothing has come of an earlier run that was to clone {begun['base']} to {name}",
-                                 f"To clone it: {self.to_complete(name, begun)}; for a machine from the image, "
-                                 "run the same command again.")
-            else:
-                row = self.cloner.clone(self.base_for_new(rows, wishes.base), name, rows, wishes.afterwards)
-                self.cloner.adopt(row)
-            self.state.record(row.uuid, name=name, rm=wishes.only_new or None)
-            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
-            return row
-
-    def fork(self, label: str, new: str) -> None:
-        """Clones a stopped clone under a new label; the copy counts as one of the same image.
-
-        Raises WrongState if that cannot be, or if there is a machine of that name, unless an earlier run of this
-        made it. Callers hold both labels' locks.
-        """
-        vm, name = self.find(label), self.settings.prefix + new
-        record = self.record_of(vm.uuid)
-        record.update(without_trace(record))
-        if record.get("saved"):
-            raise WrongState(f"{vm.name} has a saved session, which its copy would lack",
-                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
-        if vm.power is not Power.STOPPED:
-            raise WrongState(f"{vm.name} is {vm.power.value}; only a stopped machine can be cloned",
-                             f"First: kodemachine stop {label}")
-        with self.fleet():
-            intent = Intent(self.state, name)
-            found = intent.load()
-            if found and found["base_uuid"] != vm.uuid:
-                rows = self.utm.rows()
-                # That which is gone is cloned no more; what may have come of it, `finish` sees.
-                if intent.call_alive() or self.row_of(rows, new) or found["base_uuid"] in {row.uuid for row in rows}:
-                    raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
-                                     f"To complete that: {self.to_complete(name, found)}")
-            row = self.cloner.finish(name)
-            rows = self.utm.rows()
-            if row is None and self.row_of(rows, new):
-                raise WrongState(f"{name} exists already", f"Choose another label, or first: kodemachine delete {new}")
-            if row is None:
-                self.prove_whole(Row(vm.uuid, vm.power, vm.name))
-            hook = None if record.get("new") else record.get("first_boot") or "done"        # on its disk, as there
-            row = row or self.cloner.clone(Row(vm.uuid, vm.power, vm.name), name, rows, image=record.get("image"),
-                                            fork=True, first_boot=hook)
-            self.cloner.adopt(row)
-            self.prove_whole(row)
-            self.state.forget(name, {row.uuid, *(other.uuid for other in rows)})
-
-    def to_complete(self, name: str, found: dict[str, Any]) -> str:
-        """The command line that completes the clone of which an intent says `found`."""
-        label = self.label_of(name)
-        return f"kodemachine clone {self.label_of(found['base'])} {label}" if found.get("inherits", {}).get("fork") \
-            else f"kodemachine {label}"
-
-    def _may_clone(self, label: str, wishes: Wishes, labels: Iterable[str]) -> None:
-        near, other = near_command(label), near_label(label, labels)
-        if not wishes.may_clone:
-            raise NotFound(f"there is no machine {label}" + (f"; did you mean {other!r}?" if other else ""),
-                           f"Make it: kodemachine {label}")
-        if wishes.bare and near:
-            raise UsageError(f"there is no machine {label}; did you mean {near!r}?",
-                             f"To make a machine of that name all the same: kodemachine start {label}")
-        if other:
-            self._notes.warn(f"{label} is a new machine; {other} exists, too")
-
-    def _keep_as_it_is(self, row: Row, label: str, wishes: Wishes) -> None:
-        """Refuses wishes that only a new machine, or one that is off, could fulfil."""
-        record = self.record_of(row.uuid)
-        again = "To replace it: the same command with --fresh"
-        if wishes.only_new:
-            raise WrongState(f"{row.name} exists already, and --rm is only for a machine that it makes itself",
-                             f"To replace it: kodemachine delete {label}, then the same command")
-        image = image_of(record)
-        if wishes.base and image.get("name") not in (wishes.base, whole_name(wishes.base)) \
-                and wishes.base.upper() != image.get("uuid"):
-            raise WrongState(f"{row.name} was cloned from {image.get('name', 'an unknown image')}", again)
-        # Made by a run that was cut off before its first start.
-        unstarted = record.get("new") and row.power is Power.STOPPED and not record.get("saved")
-        if (wishes.cpus or wishes.memory) and not unstarted:
-            raise WrongState(f"{row.name} exists already; --cpus and --memory are for a new clone", again)
-        if wishes.disposable and record.get("saved"):
-            raise WrongState(f"{row.name} has a saved session, which --disposable would lose",
-                             f"First: kodemachine resume {label}, then kodemachine stop {label}")
-        if wishes.disposable and row.power is not Power.STOPPED and not record.get("disposable"):
-            raise WrongState(f"{row.name} is {row.power.value}; only a stopped machine can be started as disposable",
-                             f"First: kodemachine stop {label}")
-
-    def configured(self, rows: Sequence[Row]) -> str | None:
-        """The name of the image that new machines come from: the configured one, or the highest version there is."""
-        own = self.settings.base_image
-        if own:
-            return next((row.name for row in rows if row.uuid == own.upper()), own)
-        versions = [row.name for row in rows if IMAGE.fullmatch(row.name)]
-        return max(versions, key=lambda name: tuple(map(int, name[11:].split("."))), default=None)
-
-    def base(self, rows: Sequence[Row], wanted: str | None) -> Row:
-        """The image to clone: stopped, and the only one of that name. Raises NotFound or WrongState."""
-        names = ", ".join(sorted(row.name for row in self.images(rows))) or "none yet"
-        wanted = wanted or self.configured(rows)
-        if wanted is None:
-            raise NotFound("there is no image to clone", "Make one: kodemachine base create v0.1.0 "
-                           "(README: The golden image).")
-        found = [row for row in rows if row.name == wanted or row.uuid == wanted.upper()] or \
-            [row for row in rows if row.name == whole_name(wanted)]
-        if not found:
-            raise NotFound(f"there is no image {wanted}", f"Images: {names}. Choose one with --base, or: "
-                           "kodemachine config set base_image NAME")
-        if len(found) > 1:
-            raise WrongState(
-                f"{len(found)} machines are called {wanted}: " + ", ".join(row.uuid for row in found),
-                "Rename one of them in UTM.",
-            )
-        if found[0] in self.clones(rows):
-            raise WrongState(f"{found[0].name} is a clone, not an image", f"Images: {names}")
-        if found[0].power is not Power.STOPPED:
-            raise WrongState(
-                f"the image {found[0].name} is {found[0].power.value}; only a stopped one can be cloned",
-                f"Shut it down in UTM, or: {shlex.quote(self.utm.path())} stop --request {found[0].uuid}",
-            )
-        return found[0]
-
-    def prove_whole(self, row: Row) -> None:
-        """Raises KodeError if a machine that was never started is an incomplete copy. What is proved is recorded."""
-        copy_of = self.record_of(row.uuid).get("copy_of")
-        if copy_of:
-            VM(self.utm, row).must_be_whole(self.utm.hardware(row.uuid, copy_of), copy_of)
-            self.state.record(row.uuid, copy_of=None)
-
-    def base_for_new(self, rows: Sequence[Row], wanted: str | None) -> Row:
-        """The image for a machine that is to be made now. Raises KodeError if that could not succeed."""
-        if self.settings.first_boot:
-            open_script(self.settings.first_boot).close()       # said now, and not by the new machine
-        row = self.base(rows, wanted)
-        self.prove_whole(row)
-        return row
-
-    def bring_up(self, vm: VM, label: str, wishes: Wishes, call: Call | None = None) -> str:
-        """Starts or resumes a machine, waits for its ssh server and gives it its name; returns the address.
-
-        Callers hold the label's lock.
-        """
-        limit = wishes.timeout or self.settings.boot_timeout
-        began = time.monotonic()
-        record = self.record_of(vm.uuid)
-        renews = record.get("fork") and vm.power is Power.STOPPED and not (wishes.disposable or record.get("saved"))
-
-        def before_cold() -> None:
-            nonlocal began
-            self.before_cold_start(vm, record, wishes)
-            began = time.monotonic()        # the wait for somebody else's lock is no part of the boot
-
-        if vm.power is not Power.STARTED:
-            resumes = vm.power is Power.PAUSED or record.get("saved")
-            self._notes.step(f"{'resuming' if resumes else 'starting'} {vm.name}")
-            vm.power_on(limit, hide=self.settings.headless and not wishes.gui, disposable=wishes.disposable,
-                        before_cold=before_cold)
-            record = self.record_of(vm.uuid)
-        if record.get("saved") or record.get("new"):
-            hook = "pending" if record.get("new") and self.settings.first_boot else None
-            self.state.record(vm.uuid, saved=None, new=None, first_boot=record.get("first_boot") or hook)
-        if not call:
-            self._notes.step(f"waiting for ssh on {vm.name}")
-        address = vm.greet(self.settings.ssh_port, max(1.0, limit - (time.monotonic() - began)), call)
-        if renews:
-            return self._renew(vm, label, wishes) or address
-        if not (record.get("personality") or (record.get("disposable") and record.get("host_keys"))):
-            self._give_personality(vm, label)
-        return address
-
-    def before_cold_start(self, vm: VM, record: dict[str, Any], wishes: Wishes) -> None:
-        """Sees to a network address of its own, and drops what an earlier boot alone knew."""
-        if not record.get("saved"):
-            if wishes.cpus or wishes.memory or not record.get("mac_checked"):
-                with self.fleet():
-                    self._notes.step(f"checking the network address of {vm.name}")
-                    vm.prepare(wishes.memory, wishes.cpus, record.get("copy_of") or "")
-            self.state.record(vm.uuid, name=vm.name, mac_checked=True, copy_of=None)
-        self.state.record(vm.uuid, **{**without_trace(record), "disposable": wishes.disposable or None})
-
-    def _renew(self, vm: VM, label: str, wishes: Wishes) -> str | None:
-        """Gives a fork host keys and a machine-id of its own, and starts it anew, since only then they count.
-
-        Returns its address then, or None if its guest agent did not do it; the next cold start tries again.
-        """
-        self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
-        told = self.read_guest(vm, label, renew=True)
-        if told is None:
-            return None
-        self._notes.step(f"restarting {vm.name}")
-        try:
-            vm.ask_to_stop(self.settings.stop_timeout)
-        except TimedOut:
-            vm.force_off()          # what was written has been synced
-        self.state.record(vm.uuid, host_keys=told[0] or None, machine_id=printable(told[1]) or None, personality=True,
-                          fork=None, learning=None)
-        limit = wishes.timeout or self.settings.boot_timeout
-        vm.power_on(limit, hide=self.settings.headless and not wishes.gui)
-        self._notes.step(f"waiting for ssh on {vm.name}")
-        return vm.greet(self.settings.ssh_port, limit)
-
-    def read_guest(self, vm: VM, label: str, *, needed: bool = False, renew: bool = False) -> \
-            tuple[list[str], str] | None:
-        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it.
-
-        With `needed`, a guest agent that does not run commands is an error.
-        """
-        problem, out = "its answer is not complete", b""
-        try:
-            _, out, _ = vm.run(["/bin/sh", "-c", PERSONALITY, "kodemachine", label, *["renew"] * renew],
-                               limit=LIMITS["osascript"])
-        except KodeError as failure:
-            if needed:
-                raise
-            problem = failure.message
-        pairs = [line.split("=", 1) for line in out.decode("utf-8", "replace").splitlines() if "=" in line]
-        told = dict(pairs)
-        wanted = {"hostname": label, "end": label, **({"renewed": "yes"} if renew else {})}
-        if any(told.get(key) != value for key, value in wanted.items()):
-            self._notes.warn(f"the guest agent did not name {vm.name} ({problem}); the next start tries again")
-            return None
-        return parse_host_keys([line for key, line in pairs if key == "key"]), told.get("machine-id", "")[:64]
-
-    def _give_personality(self, vm: VM, label: str) -> None:
-        self._notes.step(f"naming the guest {label}")
-        told = self.read_guest(vm, label)
-        if told is None:
-            return
-        self.state.record(
-            vm.uuid,
-            name=vm.name,
-            host_keys=told[0] or None,
-            machine_id=printable(told[1]) or None,
-            personality=None if self.record_of(vm.uuid).get("disposable") else True,
-            learning=None,
-        )
-
-    def first_boot(self, vm: VM) -> str | None:
-        """The script that is still to be run in a machine, if there is one."""
-        return self.settings.first_boot if self.record_of(vm.uuid).get("first_boot") == "pending" else None
-
-    def first_boot_done(self, vm: VM) -> None:
-        """The script has been run; `ran` is forgotten at power-off."""
-        self.state.record(vm.uuid, first_boot="ran" if self.record_of(vm.uuid).get("disposable") else "done")
-
-    # -- looking
-
-    def running(self, label: str) -> tuple[VM, str, bool]:
-        """A machine that runs, and the address at which it answers; it is neither cloned nor started for that.
-
-        The third is whether its host keys are known; they are pinned then. Raises NotFound or WrongState. Callers
-        hold the label's lock.
-        """
-        wishes = Wishes(may_clone=False)
-        vm, call = self.obtain(label, wishes)
-        if vm.power is not Power.STARTED:
-            raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {label}")
-        address = self.bring_up(vm, label, wishes, call)
-        return vm, address, self.handoff.pin(vm)
-
-    @property
-    def documents(self) -> str:
-        """The folder of UTM's bundles."""
-        return self.settings.documents or os.path.expanduser(DOCUMENTS)
-
-    def survey(self, rows: Sequence[Row], *, ip: bool = True, disk: bool = True) -> list[Machine]:
-        """What `list` shows of these machines. One that is hung or gone costs its own row a blank."""
-        records = self.state.records()
-        running = [row for row in rows if row.power is Power.STARTED] if ip else []
-        replies = self.utm.gather([("ip-address", row.uuid) for row in running], limit=ADDRESS_LIMIT)
-        addresses = {row.uuid: (parse_addresses(reply.out) if reply.outcome is Outcome.DONE else [])
-                     for row, reply in zip(running, replies)}
-        disks = read_bundles(self.documents, rows, DISK_LIMIT, self._notes.tick) if disk and rows else {}
-        images = set(self.images(rows))
-        found = []
-        for row in rows:
-            record, on_disk = records.get(row.uuid, {}), disks.get(row.uuid, Disk())
-            found.append(
-                Machine(
-                    None if row in images else self.label_of(row.name),
-                    row.name,
-                    row.uuid,
-                    row.power.value,
-                    next(iter(addresses.get(row.uuid, [])), None),
-                    image_of(record).get("name"),
-                    on_disk.memory,
-                    on_disk.size,
-                    on_disk.frees,
-                    record.get("created"),
-                )
-            )
-        return found
-
-    # -- the everyday verbs; callers hold the label's lock
-
-    def stop(self, label: str, limit: float, *, force: bool = False, kill: bool = False) -> str:
-        """Turns a machine off, asking the guest first unless told otherwise; returns what was done."""
-        vm = self.find(label)
-        record = self.record_of(vm.uuid)
-        if vm.power is Power.STOPPED:
-            return "is stopped already" + (", with a saved session" if record.get("saved") else "")
-        # A session on disk is lost when the machine goes on, and not by turning off one that is paused (contract 2).
-        saved = record.get("saved") if (force or kill) and vm.power in (Power.PAUSING, Power.PAUSED) else None
-        if force or kill:
-            vm.force_off(kill)
-        else:
-            try:
-                vm.ask_to_stop(limit)
-            finally:
-                if record.get("saved") and vm.power is Power.STARTED:       # it was resumed, and may yet power off
-                    self.state.record(vm.uuid, saved=None)
-        self.state.record(vm.uuid, saved=saved, **without_trace(record))
-        return "stopped" + ", with a saved session" * bool(saved)
-
-    def suspend(self, label: str, *, save: bool) -> str:
-        """Pauses a machine to memory, or to disk; returns what was done."""
-        vm = self.find(label)
-        if vm.power is Power.PAUSED and not save:
-            return "is suspended already"
-        record = self.record_of(vm.uuid)
-        if save and record.get("disposable"):
-            raise WrongState(f"{vm.name} runs as disposable and cannot be saved to disk",
-                             f"To memory it can: kodemachine suspend {label}")
-        # A machine that runs has no saved session (any more): its snapshot is deleted when it goes on (contract 2).
-        before = record.get("saved") if vm.power is not Power.STARTED else None
-        if save or record.get("saved"):     # already now: should we be cut off, it may be
-            self.state.record(vm.uuid, name=vm.name, saved=save or before)
-        try:
-            vm.suspend(self.settings.stop_timeout, save)
-        except (TimedOut, Unreachable):         # it may have been saved: that is not to be forgotten
-            raise
-        except KodeError:
-            self.state.record(vm.uuid, saved=before)
-            raise
-        return "saved to disk" if save else "suspended to memory"
-
-    def resume(self, label: str) -> str:
-        """Lets a paused or saved machine go on; returns what was done."""
-        vm = self.find(label)
-        record = self.record_of(vm.uuid)
-        if vm.power is Power.STARTED:
-            return "is running already"
-
-        def before_cold() -> None:
-            if not record.get("saved"):
-                raise WrongState(f"{vm.name} is stopped and has no saved session",
-                                 f"Start it: kodemachine start -d {label}")
-        vm.power_on(self.settings.boot_timeout, hide=self.settings.headless, before_cold=before_cold)
-        self.state.record(vm.uuid, saved=None)
-        return "resumed"
-
-    def delete(self, vm: VM, *, force: bool) -> int | None:
-        """Deletes a clone, stopping it first with `force`; returns the bytes that only it held, if they are known."""
-        if vm.power is not Power.STOPPED:
-            if not force:
-                raise WrongState(f"{vm.name} is {vm.power.value}",
-                                 f"Stop it first, or: kodemachine delete --force {self.label_of(vm.name)}")
-            self.utm.rows()         # without a complete list nothing is deleted: then it need not be off either
-            vm.force_off()
-        disk = read_bundles(self.documents, [Row(vm.uuid, vm.power, vm.name)], DISK_LIMIT, self._notes.tick)
-        with self.fleet():
-            rows = self.utm.rows()
-            ours = {row.uuid for row in self.clones(rows) if row.name == vm.name}
-            if vm.uuid in {row.uuid for row in rows} - ours:    # one that is gone meanwhile is what was asked for
-                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted",
-                                 "See what is there: kodemachine list -a")
-            vm.delete(LIMITS["delete"])
-            Intent(self.state, vm.name).remove()
-            listed = {row.uuid for row in rows} - {vm.uuid}
-            for name in {vm.name, str(self.record_of(vm.uuid).get("name"))}:        # it may have been renamed in UTM
-                self.state.forget(name, listed)
-        return disk.get(vm.uuid, Disk()).frees
-
-    def tidy(self) -> None:
-        """Drops what is remembered of machines that a clean list lacks; the fleet's lock spares those being born."""
-        if not self.state.records():
-            return
-        with self.fleet():
-            listed = {row.uuid for row in self.utm.rows()}
-            if not listed:
-                return              # perhaps UTM only has no window yet (contract 4)
-            records = self.state.records()
-            for name in {str(record.get("name")) for uuid, record in records.items() if uuid not in listed}:
-                self.state.forget(name, listed)
-
-    def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
-        """Held by a --rm session for its machine as long as it lives; so an orphan can be told."""
-        return self.state.lock(vm.uuid + ".session", 5.0)       # a `list` that looks holds it for a moment
-
-    def is_orphan(self, row: Row, record: dict[str, Any]) -> bool:
-        """Whether a machine was made with --rm, as its record says, and its kodemachine is no more."""
-        return bool(record.get("rm")) and not self.state.locked(row.uuid + ".session")
-
-
-# ---- golden images
-
-# What the guest agent runs in a machine that becomes an image, as root: $1 is `check` (look only), `apply`, or `prove`
-# (look once more: what is wrong now is an error), $2 the user, $3 their public key, $4 `yes` if they may become root
-# unasked. Each step says `step NAME ok|would|done|bad|warn DETAIL`. What find_NAME prints is what is wrong there, and
-# fix_NAME mends it; so whatever was cut off, the next run goes on from there. The end is proved by the last line.
+# The guest agent runs this in a machine that becomes an image, as root. $1: `check` (change nothing), `apply`, or
+# `prove` (check again; a problem is an error now), $2: the user, $3: their public key, $4: `yes` if they may become
+# root without a password. Each step prints `step NAME ok|would|done|bad|warn DETAIL`: find_NAME prints the problem, and
+# fix_NAME fixes it. So the next run continues where this one was interrupted. The last line proves the end.
 SEAL = r"""
 mode=$1 user=$2 key=$3 sudo=$4
 
@@ -3332,251 +2109,2182 @@ sync
 echo end
 """
 
+INSTALL_AGENT = """\
+command -v qemu-ga >/dev/null ||
+  { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
+  dnf -qy install qemu-guest-agent
+systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
+# The end of cloud-init, and its data source: without a seed it succeeds, and has done nothing.
+CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
+
+
+# ---- address and ssh port of a guest
+
+
+def address_rank(address: str) -> int:
+    """0 for a likely address of the guest, 3 for one that can hardly be reached (contract 5)."""
+    if re.match(r"127\.|169\.254\.|fe80:", address):
+        return 3
+    # Container bridges and VPNs.
+    if re.match(r"172\.(?:1[7-9]|2\d|3[01])\.|100\.(?:6[4-9]|[7-9]\d|1[01]\d|12[0-7])\.", address):
+        return 2
+    return 1 if ":" in address else 0
+
+
+def parse_addresses(out: str) -> list[str]:
+    """The addresses in an answer of `ip-address`, at most 64, the likeliest first. Other lines are ignored."""
+    import socket
+
+    def is_address(line: str) -> bool:
+        # Anything else, such as 999.1.1.1, would be looked up as a name.
+        family = socket.AF_INET6 if ":" in line else socket.AF_INET
+        with contextlib.suppress(OSError, ValueError):
+            return bool(socket.inet_pton(family, line))
+        return False
+    lines = dict.fromkeys(line.strip() for line in out.splitlines())
+    # Each address costs an open file.
+    return sorted(filter(is_address, lines), key=address_rank)[:64]
+
+
+# Seconds in which an address must greet as an SSH server, before the connection is tried again.
+GREETING = 3.0
+
+
+class Prober:
+    """Connects to the ssh port of all candidates at once; the first that greets as an SSH server wins.
+
+    So a container bridge or a VPN address of the guest is passed over. A less likely address is tried later, unless
+    there is no better one (as in RFC 8305).
+    """
+
+    HEAD_START = (0.0, 0.25, 1.5, 1.5)      # seconds, by rank
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._began: float | None = None
+        self._tries: dict[str, tuple[Any, float]] = {}      # address -> its socket, when it was opened
+        self._rest: dict[str, float] = {}                   # address -> not before that time
+        self._errors: dict[str, int] = {}                   # address -> the error of its last connection, or 0
+
+    def aim(self, addresses: Sequence[str]) -> None:
+        """Replaces the candidates."""
+        for address in [a for a in self._tries if a not in addresses]:
+            self._give_up(address, 0)
+        self._rest = {address: self._rest.get(address, 0.0) for address in addresses}
+        self._errors = {address: self._errors.get(address, 0) for address in addresses}
+        if addresses and self._began is None:
+            self._began = time.monotonic()
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether there is no route to any of the likeliest candidates.
+
+        For link-local ones there never is a route without the name of an interface, so they prove nothing.
+        """
+        best = min(map(address_rank, self._errors), default=0)
+        errors = {self._errors[address] for address in self._errors if address_rank(address) == best}
+        return best < 3 and errors == {errno.EHOSTUNREACH}
+
+    def step(self, seconds: float) -> str | None:
+        """Continues for at most `seconds`; returns the address that greeted, after its connection was closed."""
+        self._connect_due()
+        sockets = {sock: address for address, (sock, _) in self._tries.items()}
+        if not sockets:
+            time.sleep(seconds)
+            return None
+        ready = select.select(list(sockets), [], [], seconds)[0]
+        greeted = [sockets[sock] for sock in ready if self._greets(sockets[sock])]
+        for address, (_, opened) in list(self._tries.items()):
+            if time.monotonic() - opened > GREETING:
+                self._give_up(address, errno.ETIMEDOUT)
+        if greeted:
+            self.close()
+        return min(greeted, key=address_rank, default=None)
+
+    def _connect_due(self) -> None:
+        now = time.monotonic()
+        best = min(map(address_rank, self._rest), default=0)
+        for address, since in self._rest.items():
+            wait = 0.0
+            if address_rank(address) > best:
+                wait = self.HEAD_START[address_rank(address)]
+            if address not in self._tries and now >= max(since, (self._began or now) + wait):
+                self._connect(address)
+
+    def _connect(self, address: str) -> None:
+        import socket
+
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        self._tries[address] = (sock, time.monotonic())
+        try:
+            failure = sock.connect_ex((address, self._port))
+        # An address that only looks like one.
+        except OSError as bad:
+            failure = bad.errno or errno.EINVAL
+        if failure not in (0, errno.EINPROGRESS):
+            self._give_up(address, failure)
+
+    def _greets(self, address: str) -> bool:
+        try:
+            greeting = self._tries[address][0].recv(4)
+        except BlockingIOError:
+            return False
+        except OSError as failure:
+            self._give_up(address, failure.errno or errno.EIO)
+            return False
+        if greeting != b"SSH-":
+            self._give_up(address, errno.EPROTO)
+        return bool(greeting == b"SSH-")
+
+    def _give_up(self, address: str, failure: int) -> None:
+        sock, _ = self._tries.pop(address)
+        sock.close()
+        self._errors[address] = failure or self._errors.get(address, 0)
+        self._rest[address] = time.monotonic() + 0.1
+
+    def close(self) -> None:
+        """Closes every connection: sshd counts those that only look, too."""
+        for address in list(self._tries):
+            self._give_up(address, 0)
+
+
+HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
+
+
+def parse_host_keys(lines: Sequence[str]) -> list[str]:
+    """The host keys, as `type base64`. The type is also inside the key; a guest may send anything."""
+    import base64
+    import binascii
+
+    keys = []
+    for line in lines:
+        match = HOST_KEY.match(line)
+        if not match or match.end() not in (len(line), line.find(" ", match.end())):
+            continue
+        kind = match.group(1).encode()
+        with contextlib.suppress(binascii.Error):
+            key = base64.b64decode(match.group(2), validate=True)
+            if key.startswith(len(kind).to_bytes(4, "big") + kind):
+                keys.append(f"{match.group(1)} {match.group(2)}")
+    return keys[:8]
+
+
+def fingerprint(key: str) -> str:
+    """A host key's fingerprint, as ssh prints it."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
+    return f"{key.split()[0]} SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
+
+
+def random_mac() -> str:
+    """A locally administered unicast address, made as UTM makes its own (contract 7)."""
+    first, *rest = os.urandom(6)
+    return ":".join(f"{byte:02X}" for byte in (first & 0xFC | 0x02, *rest))
+
+
+def local_network_rules() -> bool:
+    """Whether this is macOS 15 (Darwin 24) or newer, which asks before a program may use the local network."""
+    system = os.uname()
+    return system.sysname == "Darwin" and int(system.release.split(".")[0]) >= 24
+
+
+# ---- VM: one machine
+
+
+def read_hardware(utm: Utmctl, *uuids: str) -> dict[str, Hardware]:
+    """Network addresses and drives of all machines, asked for until those of `uuids` are among them; all but the first
+    of these machines may be gone.
+
+    Raises Unreachable, or KodeError after UNIQUE_LIMIT seconds.
+    """
+    for reply in utm.answers("osascript", "-e", HARDWARE, "--", limit=UNIQUE_LIMIT):
+        found = parse_hardware(reply.out) if reply.outcome is Outcome.DONE else {}
+        if uuids[0] in found and all(found[uuid].known for uuid in uuids if uuid in found):
+            return found
+    raise KodeError(f"UTM does not report its machines' drives: {reply.sentence or reply.outcome.value}",
+                    "Check UTM's window, then run the same command again.")
+
+
+MORE_TIME = "allow more time: --timeout of start and ssh, or boot_timeout in the configuration"
+LOCAL_NETWORK = ("macOS refuses the way to the guest ('no route to host'). Allow your terminal application in "
+                 "System Settings > Privacy & Security > Local Network, then start it again.")
+MAC_SETTING = ("With 'Regenerate MAC addresses on clone' turned on in UTM (Settings > Network), a new clone has a "
+               "network address of its own from the start.")
+# Seconds until a request is repeated that left the state unchanged; for the power key, which a guest may have been too
+# young to hear, more.
+ASK_AGAIN = 3.0
+PRESS_AGAIN = 15.0
+# Seconds for each stage of a forced stop.
+FORCE_STAGE = 15.0
+# Seconds until a deletion without an answer is requested once more.
+DELETE_SETTLE = 20.0
+# Bytes of input of a guest command, because macOS limits all arguments of osascript to 1 MiB; and characters of it in
+# one argument, because Linux, where the tests run, allows at most 128 KiB.
+EXEC_INPUT = 256 << 10
+EXEC_PIECE = 96 << 10
+
+
+class Request(NamedTuple):
+    """The words for utmctl that fit one state of a machine."""
+
+    words: tuple[str, ...]
+    patience: float | None = None   # seconds until it is repeated if the state has not changed; None: ASK_AGAIN
+    limit: float | None = None      # seconds for one call; None: the verb's own
+
+
+class Attempt(NamedTuple):
+    """The result of `reach`: whether the state was reached, and UTM's words if it was not."""
+
+    reached: bool
+    complaint: str = ""
+    is_refused: bool = False        # UTM answered each request, and the state did not change
+
+    @property
+    def reason(self) -> str:
+        """UTM's words for the end of a message; empty without any."""
+        return f": {self.complaint}" if self.complaint else ""
+
+
+class VM:
+    """One machine, addressed by its UUID. Its state is asked for when it is needed, and not before."""
+
+    def __init__(self, utm: Utmctl, state: State, machine: Machine) -> None:
+        self._utm, self._notes, self._state = utm, utm.notes, state
+        self.uuid, self.name, self.label, self.power = machine.uuid, machine.name, machine.label, machine.power
+        self.record = machine.record
+        self._unsaved: dict[str, Any] = {}
+        self._misses = 0
+        # Requests to which UTM answered -10004, with the state in which they were made.
+        self._denied: list[tuple[Power, tuple[str, ...]]] = []
+
+    def note(self, **changes: Any) -> None:
+        """Changes fields of the record here; `remember` writes them later. So a start writes the records once."""
+        self.record = self.record._replace(**changes)
+        self._unsaved.update(changes)
+
+    def remember(self, **changes: Any) -> None:
+        """Writes changed fields of the record, and those noted before. Callers hold the label's lock."""
+        self.note(**{key: value for key, value in changes.items() if getattr(self.record, key) != value})
+        if self._unsaved:
+            self.record = self._state.remember(self.uuid, **self._unsaved)
+            self._unsaved = {}
+
+    # -- states
+
+    def status(self) -> Power:
+        """The state now; UNKNOWN if UTM does not report it. Raises NotFound if a clean list lacks the machine."""
+        reply = self._utm.raise_for_refusal(self._utm.call("status", self.uuid))
+        self.power = Power.UNKNOWN
+        if reply.outcome is Outcome.DONE:
+            self.power = Power(reply.out.strip())
+        self._misses = self._misses + 1 if reply.outcome is Outcome.MISSING else 0
+        if self._misses and self._misses % 3 == 0:
+            rows = self._utm.rows(partial=True)
+            if not rows.broken and self.uuid not in {row.uuid for row in rows}:
+                raise NotFound(f"{self.name} is gone: it was deleted meanwhile", "To see the others: kodemachine list")
+        return self.power
+
+    def _is_denied(self, request: Request) -> bool:
+        """Whether UTM answered a request twice by -10004, and left the state unchanged.
+
+        Then it is not a chance, but a missing permission (contract 4).
+        """
+        return self._denied.count((self.power, request.words)) == 2
+
+    def _must_be_permitted(self, request: Request) -> None:
+        if self._is_denied(request):
+            raise Unreachable(f'UTM did not carry out "{request.words[0]} {self.name}" (Apple Event error -10004)',
+                              NOT_ALLOWED)
+
+    def _ask(self, request: Request) -> Reply:
+        """Makes one request. Callers check the state before they repeat it. Raises Unreachable."""
+        self._must_be_permitted(request)
+        reply = self._utm.raise_for_refusal(self._utm.call(*request.words, limit=request.limit))
+        if reply.numbers[-1:] == (-10004,):
+            self._denied.append((self.power, request.words))
+        return reply
+
+    def reach(self, goals: set[Power], limit: float, requests: dict[Power, Request], *, refusals: int = 0,
+              final: Outcome | None = None, knows_state: bool = False) -> Attempt:
+        """Makes the request that fits the state, again and again, until the state is one of `goals`.
+
+        The state is believed, never the exit status (contract 0, 2). Ends after `limit` seconds, or after as many
+        answers as `refusals` that did not change the state (0: never), or one with the outcome `final`. `knows_state`:
+        self.power was read just now.
+        """
+        answered, again_at, complaint = 0, 0.0, ""
+        for _ in poll(limit, self._notes.tick, 0.1, 0.5):
+            power = self.power if knows_state else self.status()
+            knows_state = False
+            if power in goals:
+                return Attempt(True)
+            request = requests.get(power)
+            if request is None or time.monotonic() < again_at:
+                continue
+            if request.patience and self._is_denied(request):
+                # The guest may have heard the key, and may need a while.
+                continue
+            if refusals and answered == refusals:
+                return Attempt(False, complaint, is_refused=True)
+            reply = self._ask(request)
+            complaint = reply.sentence
+            if reply.outcome is final:
+                answered = refusals
+            # Without an answer only the time is the limit.
+            elif reply.outcome not in (Outcome.TRANSIENT, Outcome.HUNG):
+                answered += 1
+            again_at = time.monotonic() + (ASK_AGAIN if request.patience is None else request.patience)
+        return Attempt(False, complaint)
+
+    def power_on(self, limit: float, before_cold: Callable[[], None] | None = None) -> None:
+        """Starts or resumes the machine. `before_cold` runs before it starts from `stopped`; its time does not count.
+
+        Raises TimedOut after `limit` seconds, or KodeError with UTM's words if three answers changed nothing.
+        """
+        start = Request(("start", "--hide", self.uuid))
+        if self.power is not Power.STOPPED and before_cold:
+            # The state in the list may be one in between.
+            settled = self.reach({Power.STARTED, Power.STOPPED}, limit, {Power.PAUSED: start}, refusals=3,
+                                 knows_state=True)
+            self._must_have_started(settled, limit)
+        if self.power is Power.STARTED:
+            return
+        if before_cold:
+            before_cold()
+        started = self.reach({Power.STARTED}, limit, {Power.STOPPED: start, Power.PAUSED: start}, refusals=3,
+                             knows_state=True)
+        self._must_have_started(started, limit)
+
+    def _must_have_started(self, attempt: Attempt, limit: float) -> None:
+        if attempt.is_refused:
+            raise KodeError(f"{self.name} does not start, it stays {self.power.word}{attempt.reason}",
+                            "Start it in UTM's window, which may show more.")
+        if not attempt.reached:
+            raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.word}){attempt.reason}",
+                           f"Check it in UTM's window, or {MORE_TIME}.")
+
+    def ask_to_stop(self, limit: float) -> None:
+        """Presses the power key until the guest has powered off. A paused machine is resumed first.
+
+        Raises TimedOut after `limit` seconds; nothing was forced then.
+        """
+        press = Request(("stop", self.uuid, "--request"), patience=PRESS_AGAIN)
+        requests = {Power.STARTED: press, Power.PAUSED: Request(("start", "--hide", self.uuid))}
+        attempt = self.reach({Power.STOPPED}, limit, requests)
+        if not attempt.reached:
+            self._must_be_permitted(press)
+            raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.word})",
+                           f"To turn it off at once: kodemachine stop --force {self.label or self.name}")
+
+    def force_off(self, kill: bool = False) -> None:
+        """Turns the machine off with --force, and then with --kill (contract 2). Raises TimedOut."""
+        force = Request(("stop", self.uuid, "--force"), limit=FORCE_STAGE / 2)
+        end = Request(("stop", self.uuid, "--kill"), limit=FORCE_STAGE / 2)
+        if not kill:
+            # --force is refused for a paused machine.
+            attempt = self.reach({Power.STOPPED, Power.PAUSED}, FORCE_STAGE, {Power.STARTED: force})
+            if attempt.reached and self.power is Power.STOPPED:
+                return
+        if not self.reach({Power.STOPPED}, FORCE_STAGE, dict.fromkeys(Power, end)).reached:
+            raise TimedOut(f"{self.name} cannot be turned off (it stays {self.power.word})",
+                           "Quit UTM and open it again.")
+
+    def suspend(self, limit: float) -> None:
+        """Pauses the machine in memory. Raises WrongState, TimedOut, or KodeError with UTM's words."""
+        pause = Request(("suspend", self.uuid))
+        attempt = self.reach({Power.PAUSED, Power.STOPPED}, limit, {Power.STARTED: pause}, refusals=2,
+                             final=Outcome.FAILED)
+        if self.power is Power.STOPPED:
+            raise WrongState(f"{self.name} is stopped and cannot be suspended",
+                             f"To start it: kodemachine start -d {self.label or self.name}")
+        if attempt.is_refused:
+            raise KodeError(f"{self.name} cannot be suspended{attempt.reason}",
+                            f"It is still running. To shut it down instead: kodemachine stop {self.label or self.name}")
+        if not attempt.reached:
+            raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.word})",
+                           f"To see its state: kodemachine status {self.label or self.name}")
+
+    def delete(self, limit: float) -> None:
+        """Deletes a stopped machine; returns when a clean list lacks it.
+
+        utmctl deletes without a question (contract 1.2). So right before each request a clean list must show this UUID
+        with this name, stopped. A request without an answer is checked, and repeated once (contract 9.6).
+        Raises WrongState, TimedOut, or KodeError with UTM's words.
+        """
+        request = Request(("delete", self.uuid))
+        asked, again_at, complaint = 0, 0.0, ""
+        for _ in poll(limit, self._notes.tick, 0.1, 1.0):
+            row = next((row for row in self._utm.rows() if row.uuid == self.uuid), None)
+            if row is None:
+                return
+            self._must_be_deletable(row)
+            if row.power is Power.UNKNOWN or time.monotonic() < again_at:
+                continue
+            self.power = row.power
+            if asked == 2 and (self.power, request.words) not in self._denied:
+                break
+            reply = self._ask(request)
+            complaint = reply.sentence
+            if reply.outcome is Outcome.FAILED and asked:
+                raise KodeError(f"UTM did not delete {self.name}: {complaint}", "Check it in UTM's window.")
+            asked += 1
+            has_answer = reply.outcome in (Outcome.FAILED, Outcome.MISSING) or reply.numbers[-1:] == (-10004,)
+            again_at = time.monotonic() + (1.0 if has_answer else DELETE_SETTLE)
+        reason = f": {complaint}" if complaint else ""
+        raise TimedOut(f"{self.name} still exists after its deletion was requested{reason}",
+                       "Check it in UTM's window, then try again.")
+
+    def _must_be_deletable(self, row: Row) -> None:
+        if row.name != self.name:
+            raise WrongState(f"{self.name} is now named {row.name} and was not deleted",
+                             "To see all machines: kodemachine list -a")
+        if row.power not in (Power.STOPPED, Power.UNKNOWN):
+            raise WrongState(f"{self.name} is {row.power.word} and was not deleted",
+                             f"To stop it first: kodemachine stop {self.label or self.name}")
+
+    # -- the configuration
+
+    def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
+                  macs: Sequence[str] = ()) -> Reply:
+        """Changes a stopped machine's configuration; memory in MiB.
+
+        The answer has a line each for name, memory, CPUs, and every network address, as they are afterwards.
+        """
+        return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
+
+    def prepare(self, memory: int | None, cpus: int | None) -> None:
+        """Prepares a stopped machine for its first start: a whole copy, with network addresses of its own, and with
+        `memory` (MiB) and `cpus`. UTM copies the addresses of the base (contract 3.5).
+
+        Raises Unreachable if macOS refuses, WrongState if the machine is not stopped any more, KodeError unless the
+        answer proves it.
+        """
+        problem = "UTM does not answer"
+        for _ in poll(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.script(HARDWARE)
+            found = parse_hardware(reply.out)
+            if reply.outcome is Outcome.DONE:
+                # An empty answer, as while UTM starts, proves nothing.
+                if not self._is_reported(found):
+                    problem = "UTM does not report its hardware"
+                    continue
+                self.must_be_whole(found)
+                wanted = self._unique_macs(found)
+                if wanted == found[self.uuid].macs and not memory and not cpus:
+                    return
+                reply = self.configure("", memory, cpus, wanted)
+                if self._is_proved(reply, memory, cpus, wanted):
+                    return
+            problem = reply.sentence or f"UTM answers {reply.outcome.value}"
+            if self._is_final(reply):
+                break
+        raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
+                        MAC_SETTING)
+
+    def _is_reported(self, found: dict[str, Hardware]) -> bool:
+        relevant = [found[uuid] for uuid in (self.uuid, self.record.copy_of) if uuid in found]
+        return self.uuid in found and all(hardware.known for hardware in relevant)
+
+    def _unique_macs(self, found: dict[str, Hardware]) -> list[str]:
+        """The machine's addresses, with new ones for those that another machine has, or that are not known."""
+        mine = found[self.uuid].macs
+        others = {mac for uuid, hardware in found.items() for mac in hardware.macs if uuid != self.uuid}
+        is_complete = "?" not in others
+        wanted = []
+        for mac in mine:
+            is_unique = is_complete and mac != "?" and mac not in others and mine.count(mac) == 1
+            wanted.append(mac if is_unique else random_mac())
+        return wanted
+
+    @staticmethod
+    def _is_proved(reply: Reply, memory: int | None, cpus: int | None, macs: Sequence[str]) -> bool:
+        """Whether the answer of `configure` shows what was asked for."""
+        lines = reply.out.splitlines()
+        for wanted, line in zip((memory, cpus), lines[1:3]):
+            if wanted is not None and line != str(wanted):
+                return False
+        return len(lines) >= 3 and lines[3:3 + len(macs)] == list(macs)
+
+    def _is_final(self, reply: Reply) -> bool:
+        """Whether to repeat a change of the configuration is useless. Raises Unreachable or WrongState."""
+        if reply.outcome is Outcome.REFUSED:
+            raise Unreachable(f"{self.name} was not started: macOS does not permit control of UTM (-1743), so its "
+                              "network address cannot be checked", f"{NOT_ALLOWED} {MAC_SETTING}")
+        if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
+            return False
+        # An earlier run may have asked UTM to start it.
+        if self.status() is not Power.STOPPED:
+            raise WrongState(f"{self.name} is {self.power.word}: it was started meanwhile",
+                             "Run the same command again.")
+        return True
+
+    def must_be_whole(self, found: dict[str, Hardware]) -> None:
+        """Raises KodeError if this machine is an incomplete copy.
+
+        UTM ignores errors while it copies, and lists a half bundle after it was interrupted (contract 3, 10.12).
+        """
+        if not self.record.copy_of:
+            return
+        missing = missing_part(found[self.uuid], found.get(self.record.copy_of))
+        if missing:
+            raise KodeError(f"{self.name} ({self.uuid}) is an incomplete copy and cannot be used: {missing}",
+                            f"Delete it: {shlex.quote(self._utm.path())} delete {self.uuid}\n"
+                            "Then run the same command again.")
+
+    # -- addresses
+
+    def addresses(self) -> list[str]:
+        """The addresses that the guest agent reports, the likeliest first; none if it does not answer."""
+        reply = self._utm.call("ip-address", self.uuid)
+        if reply.outcome is not Outcome.DONE:
+            return []
+        return parse_addresses(reply.out)
+
+    def wait_for_addresses(self, limit: float) -> list[str]:
+        """The addresses, as soon as there are more than link-local ones, which appear early in a boot.
+
+        Raises TimedOut after `limit` seconds without any, KodeError if the machine stops.
+        """
+        found: list[str] = []
+        for reply in self._utm.answers("ip-address", self.uuid, limit=limit):
+            if reply.outcome is Outcome.DONE:
+                found = parse_addresses(reply.out)
+            if any(address_rank(address) < 3 for address in found):
+                return found
+            self._must_run()
+        if found:
+            return found
+        problem = f"the guest agent of {self.name} reports no IP address"
+        if limit:
+            raise TimedOut(problem, f"Check its console: kodemachine attach {self.label}")
+        raise KodeError(problem, f"To wait while it boots: kodemachine ip --all --wait 60 {self.label}")
+
+    def _must_run(self) -> None:
+        if self.status() in (Power.STOPPED, Power.PAUSED):
+            raise KodeError(f"{self.name} is {self.power.word}: it stopped while kodemachine waited for it",
+                            f"To see its console after a new start: kodemachine attach {self.label or self.name}")
+
+    def wait_for_ssh(self, port: int, limit: float, call: Call | None = None, more_time: str = MORE_TIME) -> str:
+        """Waits until the guest's ssh server greets; returns its address. `call`: a question that has begun already.
+
+        The guest agent is asked for addresses while the known ones are probed. Raises KodeError as soon as the machine
+        is off, TimedOut after `limit` seconds; `more_time` is the hint how to allow for more.
+        """
+        prober, ask_at = Prober(port), 0.0
+        known: list[str] = []
+        began = time.monotonic()
+        # A reconnect is silent, unless it takes long.
+        is_silent, has_warned = bool(call), False
+        try:
+            while time.monotonic() < began + limit:
+                waited = time.monotonic() - began
+                if is_silent and waited > 0.5:
+                    is_silent = False
+                    self._notes.step(f"waiting for ssh on {self.name}")
+                if call is None and time.monotonic() >= ask_at:
+                    call = self._utm.begin("ip-address", self.uuid)
+                winner = prober.step(0.02) if known or not call else None
+                if winner:
+                    return winner
+                reply = self._utm.finish(call, 0.02 if known else 0.2) if call else None
+                if reply:
+                    call = None
+                    known = self._candidates(reply, known)
+                    prober.aim(known)
+                    # An address is noticed late by a twentieth of the time that has passed.
+                    ask_at = time.monotonic() + min(max(0.2, waited / 20), 1.0)
+                if waited > 8 and not has_warned and prober.unreachable and local_network_rules():
+                    has_warned = True
+                    self._notes.warn(LOCAL_NETWORK)
+                self._notes.tick()
+        finally:
+            prober.close()
+            self._utm.drop(call)
+        raise self._no_ssh(limit, known, prober, more_time)
+
+    def _candidates(self, reply: Reply, known: list[str]) -> list[str]:
+        """The addresses after a new answer. Raises KodeError if the machine is off."""
+        if reply.outcome is Outcome.DONE:
+            return parse_addresses(reply.out)
+        self._utm.raise_for_refusal(reply)
+        self._must_run()
+        return known
+
+    def _no_ssh(self, limit: float, known: Sequence[str], prober: Prober, more_time: str) -> TimedOut:
+        seen, hint = "its guest agent reports no IP address", f"Check its console: kodemachine attach {self.name}"
+        if known:
+            # So the agent works. Images that `base create` makes have no password for the console.
+            seen = f"its ssh port does not answer at {', '.join(known)}"
+            hint = f"Check its ssh server: kodemachine exec {self.name} -- systemctl status ssh"
+        hint = f"{hint}\nOr {more_time}."
+        if prober.unreachable and local_network_rules():
+            hint = LOCAL_NETWORK
+        problem = f"{self.name} cannot be reached by ssh after {limit:.0f} s"
+        return TimedOut(f"{problem}: it is {self.power.word}, but {seen}", hint)
+
+    # -- commands in the guest
+
+    def wait_for_agent(self, limit: float) -> None:
+        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
+        complaint = ""
+        for _ in poll(limit, self._notes.tick, 0.3, 3.0):
+            try:
+                self.run(["true"], limit=LIMITS["osascript"])
+                return
+            except (Unreachable, UsageError):
+                raise
+            except KodeError as failure:
+                complaint = failure.message
+            self._must_run()
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s: {complaint}",
+                       "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
+
+    def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
+        """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
+
+        `data`: its input, at most EXEC_INPUT bytes. A command that a signal ended has 128 + its number as status.
+        `utmctl exec` does not wait for the command up to 5.0.8 (contract 1.3), so it is not used.
+        After `limit` seconds, or a signal to kodemachine, the command continues in the guest (contract 0.4).
+        Raises KodeError if the command was not run or its result is lost, TimedOut after `limit`.
+        """
+        import base64
+
+        text = base64.b64encode(data).decode()
+        pieces = [text[i:i + EXEC_PIECE] for i in range(0, len(text), EXEC_PIECE)]
+        try:
+            reply = self._utm.script(GUEST_COMMAND, self.uuid, str(len(pieces)), *pieces, *argv, limit=limit)
+        except Interrupted:
+            self._notes.warn(f"the command was not stopped: it may still be running in {self.name}")
+            raise
+        self._utm.raise_for_refusal(reply)
+        status, out, err = (reply.out.split("\n") + ["", ""])[:3]
+        match = re.fullmatch(r"(\d{1,10}) (\d{1,3})", status)
+        if reply.outcome is not Outcome.DONE or not match:
+            raise self._no_result(reply, argv[0], limit)
+        code, signal_number = map(int, match.groups())
+        output, errors = base64.b64decode(out), base64.b64decode(err)
+        if max(len(output), len(errors)) >= EXEC_OUTPUT:
+            self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
+        return 128 + signal_number if signal_number else code, output, errors
+
+    def _no_result(self, reply: Reply, program: str, limit: float) -> KodeError:
+        look = f"To check: kodemachine ssh {self.name}"
+        if reply.outcome is Outcome.HUNG:
+            return TimedOut(f"the command in {self.name} did not end within {limit:.0f} s and may still be running",
+                            look)
+        mark = "result lost: "
+        # UTM's own words mean that nothing was started, except for a time-out after the command was sent (contract 5).
+        if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and mark not in reply.err:
+            return KodeError(f"{self.name} did not confirm that it ran {program}: "
+                             f"{reply.sentence or reply.outcome.value}",
+                             "Check the name of the program. If the guest agent does not answer: the guest needs "
+                             f"qemu-guest-agent. ssh may still work: kodemachine ssh {self.name}")
+        words = reply.sentence.rpartition(mark)[2]
+        reason = f" ({words})" if words else ""
+        return KodeError(f"the result of {program} in {self.name} was lost, and it may still be running{reason}", look)
+
+    def serial_port(self, index: int | None) -> str:
+        """The machine's serial port: a device path, or host:port of a TCP one (contract 7). Raises KodeError.
+
+        `index` counts all ports from 0; None: the first that can be attached to.
+        """
+        script = ("osascript", "-e", SERIAL_PORTS, "--", self.uuid)
+        for reply in self._utm.answers(*script, limit=LIMITS["status"], first=0.2):
+            if reply.outcome in (Outcome.DONE, Outcome.FAILED):
+                break
+        if reply.outcome is Outcome.FAILED:
+            raise KodeError(f"UTM does not report the serial ports of {self.name}: {reply.sentence}",
+                            f"Is it still running? To check: kodemachine status {self.label}")
+        if reply.outcome is not Outcome.DONE:
+            raise TimedOut(f"UTM does not report the serial ports of {self.name} ({reply.outcome.value})",
+                           "Check UTM's window, then try again.")
+        ports = reply.out.splitlines()
+        if index is not None:
+            ports = ports[index:index + 1]
+        for port in ports:
+            kind, _, place = port.partition(" ")
+            if kind in ("ptty", "tcp") and place:
+                return place
+        which = "" if index is None else f"{index} "
+        raise KodeError(f"{self.name} has no serial port {which}that can be attached to",
+                        "In UTM, give the image a serial device in mode 'Pseudo-TTY'; new clones then have it.")
+
+
+# ---- Maker: one way to make a machine
+
+# Seconds after a call that failed at once, until "nothing has changed" is believed.
+SETTLE = 10.0
+# Seconds for which a half-renamed copy must be unchanged before its rename is completed.
+UNCHANGED = 5.0
+CONTINUES = "run the same command again to continue"
+
+
+class Arrival:
+    """The machines that may result from an order, as one list after the other shows them."""
+
+    def __init__(self, name: str, order: dict[str, Any]) -> None:
+        self._name, self._order = name, order
+        self._half_name = re.compile(re.escape(order["base"]) + r"(?: \d+)?")
+        self._seen: object = None
+        self._since = time.monotonic()
+        self.named: list[Row] = []      # with the ordered name
+        self.half: list[Row] = []       # with a temporary name of UTM
+        self.is_orphaned = False        # the base is gone
+        self.has_ended = False          # the call has ended
+
+    def update(self, rows: Rows, has_ended: bool) -> None:
+        """Takes a new list into account."""
+        new = [row for row in rows if row.uuid not in self._order["listed"]]
+        base, base_uuid = self._order["base"], self._order["base_uuid"]
+        self.has_ended = has_ended
+        self.is_orphaned = bool(base_uuid) and base_uuid not in {row.uuid for row in rows}
+        self.named = [row for row in new if row.name == self._name]
+        self.half = []
+        if not self.named:
+            # Without the base beside it, a machine with exactly its name is a new base that somebody has made.
+            self.half = [row for row in new if self._half_name.fullmatch(row.name)
+                         and not (self.is_orphaned and row.name == base)]
+        if self._seen != (new, has_ended):
+            self._seen = (new, has_ended)
+            self._since = time.monotonic()
+
+    @property
+    def unchanged_for(self) -> float:
+        """Seconds since the list has shown something new."""
+        return time.monotonic() - self._since
+
+    def restart(self) -> None:
+        """Something was changed that the list has to show again."""
+        self._since = time.monotonic()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the list has been the same for UNCHANGED seconds."""
+        return self.unchanged_for >= UNCHANGED
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has resulted so far."""
+        return not self.named and not self.half
+
+
+class Maker:
+    """Makes one machine of a name, and only one, whatever is lost or interrupted.
+
+    UTM reports no UUID and may report any error (contract 3), so the new machine is the one that was not listed before.
+    The order is written first. A later run finds what resulted from it, and never deletes or rolls back.
+    """
+
+    def __init__(self, utm: Utmctl, state: State, limit: float) -> None:
+        self._utm, self._state, self._limit, self._notes = utm, state, limit, utm.notes
+
+    @staticmethod
+    def must_be_free(name: str, rows: Sequence[Row]) -> None:
+        """Raises WrongState if a machine has that name; upper and lower case are equal, as for UTM's folders."""
+        clash = next((row for row in rows if row.name.lower() == name), None)
+        if clash:
+            raise WrongState(f"there is a machine {clash.name} already ({clash.uuid})",
+                             "Rename it in UTM, or use another name.")
+
+    def claim(self, uuid: str, name: str, listed: set[str]) -> Record | None:
+        """Records a machine that resulted from an order for its name, and returns its record; None without one."""
+        order = Order(self._state, name)
+        found = order.load()
+        if not found or uuid in found["listed"]:
+            return None
+        record = Record(**found["record"])
+        record = record._replace(name=name, created=iso_time(found["time"]), never_started=True,
+                                 copy_of=found["base_uuid"])
+        # The order does not repeat the names of its base.
+        if not record.image and not record.is_copy:
+            record = record._replace(image=found["base"] if found["base_uuid"] else "", image_uuid=found["base_uuid"])
+        self._state.begin(uuid, record, listed)
+        order.remove()
+        return record
+
+    def resume(self, name: str) -> Machine | None:
+        """The machine that results from an earlier run's order, with its record; None if there is none.
+
+        Waits as long as that run would have.
+        """
+        order = Order(self._state, name)
+        found = order.load()
+        if not found:
+            return None
+        if found.get("incomplete") and found["incomplete"] not in {row.uuid for row in self._utm.rows()}:
+            # The person has deleted what resulted from it.
+            order.remove()
+            return None
+        left = max(0.0, min(found["time"] + self._limit - time.time(), self._limit))
+        wait = f" (for up to {left:.0f} s)" if left else ""
+        self._notes.step(f"looking for {name}, which an earlier run began to clone{wait}")
+        return self._recorded(self._await(name, order, found, None, left))
+
+    def clone(self, base: Machine, name: str, rows: Rows, afterwards: str = CONTINUES, **fields: Any) -> Machine:
+        """Clones `base`; `rows` is a clean list read just before. Callers hold the fleet's lock.
+
+        `afterwards`: the hint after an interruption. `fields`: of the new machine's record.
+        """
+        if self._await_other_calls(base.uuid):
+            rows = self._utm.rows()
+        self.must_be_free(name, rows)
+        order = {"base": base.name, "base_uuid": base.uuid, "listed": [row.uuid for row in rows], "record": fields}
+        words = ("clone", base.uuid, "--name", name)
+        return self._make(name, order, f"cloning {base.name} to {name}", words, afterwards)
+
+    def make(self, name: str, rows: Rows, words: Sequence[str]) -> Machine:
+        """Makes a new machine; `words` are the arguments of MAKE after the name. Callers hold the fleet's lock."""
+        self.must_be_free(name, rows)
+        order = {"base": name, "base_uuid": "", "listed": [row.uuid for row in rows], "record": {"making": "begun"}}
+        script = ("osascript", "-e", MAKE, "--", name, *words)
+        return self._make(name, order, f"making {name}", script, CONTINUES)
+
+    def _make(self, name: str, found: dict[str, Any], what: str, words: Sequence[str], afterwards: str) -> Machine:
+        """The machine that results from the call `words`, which is made once more if UTM has not heard it."""
+        order = Order(self._state, name)
+        for attempt in (what, what + " once more"):
+            self._notes.step(attempt)
+            found["time"] = time.time()
+            order.write(found)
+            handle = order.lock()
+            try:
+                call = self._utm.begin(*words, limit=self._limit, keep=[handle])
+            except Unreachable:
+                # Nothing was asked of UTM.
+                order.remove()
+                raise
+            finally:
+                os.close(handle)
+            try:
+                machine = self._recorded(self._await(name, order, found, call, self._limit))
+            except Interrupted:
+                self._notes.warn(f"UTM is still {what}; {afterwards}")
+                raise
+            finally:
+                self._utm.drop(call)
+            if machine:
+                return machine
+        order.remove()
+        assert call.reply
+        number = f" (Apple Event error {call.reply.numbers[-1]})" if call.reply.numbers else ""
+        raise Unreachable(f"UTM did not begin {what}{number}", f"Open UTM and try again. {NOT_ALLOWED}")
+
+    def _recorded(self, row: Row | None) -> Machine | None:
+        if row is None:
+            return None
+        record = self.claim(row.uuid, row.name, {other.uuid for other in self._utm.rows()})
+        return Machine(row.uuid, row.name, row.power, record=record or Record())
+
+    def _await_other_calls(self, base_uuid: str) -> bool:
+        """Waits for clone calls that outlived their kodemachine: two would compete for one name (contract 3).
+
+        Returns whether there were any; raises TimedOut if one does not end.
+        """
+        had_to_wait = False
+        for name in self._state.orders():
+            order = Order(self._state, name)
+            if not order.is_alive() or (order.load() or {}).get("base_uuid") != base_uuid:
+                continue
+            had_to_wait = True
+            self._notes.step(f"waiting until UTM has cloned {name}")
+            for _ in poll(self._limit, self._notes.tick):
+                if not order.is_alive():
+                    break
+            else:
+                raise self._under_way(name)
+        return had_to_wait
+
+    @staticmethod
+    def _under_way(name: str) -> TimedOut:
+        return TimedOut(f"an earlier run's call for {name} has not ended; UTM may still be copying",
+                        "Run the same command again later. If that does not help, quit UTM and open it again.")
+
+    def _await(self, name: str, order: Order, found: dict[str, Any], call: Call | None, limit: float) -> Row | None:
+        """Waits for the machine that this order creates. None: there is none, and none can appear later.
+
+        `found`: the order's content; `call`: this run's own, or None for an earlier run's. After `limit` seconds (0:
+        the time had passed before) a machine that appears is not certainly the order's.
+        Raises KodeError if the order failed, or if what appeared is not certainly its machine.
+        """
+        arrival = Arrival(name, found)
+        deadline, renames = time.monotonic() + limit, 0
+        for _ in poll(max(limit, 2 * UNCHANGED), self._notes.tick, 0.1, 0.5):
+            reply = self._utm.finish(call, 1.0) if call else None
+            has_ended = bool(reply) if call else not order.is_alive()
+            arrival.update(self._utm.rows(), has_ended)
+            is_left = self._is_left(arrival)
+            if is_left and not arrival.is_orphaned:
+                self._must_be_whole(arrival.half[0], order, found)
+            row = self._the_one(arrival, name, limit)
+            if row:
+                return row
+            if is_left:
+                if renames == 3:
+                    break
+                self._complete(arrival.half[0], name)
+                renames += 1
+                arrival.restart()
+            elif reply and arrival.is_empty:
+                self._raise_if_failed(reply, found, order, name, arrival.unchanged_for)
+                if arrival.unchanged_for >= SETTLE and was_not_heard(reply):
+                    return None
+            elif arrival.is_empty and time.monotonic() >= deadline:
+                break
+        self._raise_unfinished(arrival, name, call, limit)
+        return None
+
+    @staticmethod
+    def _the_one(arrival: Arrival, name: str, limit: float) -> Row | None:
+        """The machine, if it is complete. Raises WrongState if it is not certain which one that is."""
+        named, half = arrival.named, arrival.half
+        is_final = arrival.has_ended and arrival.is_settled
+        if len(named) == 1 and named[0].power is not Power.UNKNOWN and (arrival.has_ended or arrival.is_settled):
+            return named[0]
+        if len(named) > 1 or (is_final and len(half) > 1):
+            which = ", ".join(f"{row.name} ({row.uuid})" for row in named or half)
+            raise WrongState(f"more than one machine may be the new {name}: {which}",
+                             f"Name one of them {name} in UTM, and delete or rename the others.")
+        if is_final and half and (arrival.is_orphaned or not limit):
+            raise WrongState(f"{half[0].name} ({half[0].uuid}) may be the clone {name} that an earlier run began",
+                             f"If so, rename it to {name} in UTM; if not, give it another name.")
+        return None
+
+    @staticmethod
+    def _is_left(arrival: Arrival) -> bool:
+        """Whether UTM has left one half-renamed copy."""
+        if len(arrival.half) != 1 or not arrival.has_ended or not arrival.is_settled:
+            return False
+        return arrival.half[0].power is Power.STOPPED
+
+    @staticmethod
+    def _raise_unfinished(arrival: Arrival, name: str, call: Call | None, limit: float) -> None:
+        if arrival.half:
+            half = arrival.half[0]
+            raise TimedOut(f"the clone {name} is unfinished: {half.name} ({half.uuid}) is {half.power.word}",
+                           f"When UTM has finished, run this again; or rename it to {name} in UTM.")
+        if call:
+            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
+                           "Run the same command again: it uses the machine if it has appeared by then.")
+        if not arrival.has_ended:
+            raise Maker._under_way(name)
+
+    def _raise_if_failed(self, reply: Reply, found: dict[str, Any], order: Order, name: str, seconds: float) -> None:
+        """Raises KodeError if a call that left nothing for `seconds` will leave nothing later."""
+        base = found["base"]
+        deed = f"clone {base} to {name}" if found["base_uuid"] else f"make {name}"
+        failure: KodeError | None = None
+        try:
+            self._utm.raise_for_refusal(reply)
+        except Unreachable as refusal:
+            failure = refusal
+        if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
+            failure = KodeError(f"UTM could not {deed}: {reply.sentence}", self._reason(found))
+        if reply.outcome is Outcome.DONE and seconds >= SETTLE:
+            failure = KodeError(f"UTM reported that it did {deed}, but there is no new machine",
+                                "Try again; is the disk full?")
+        if failure:
+            order.remove()
+            raise failure
+
+    def _reason(self, found: dict[str, Any]) -> str:
+        """A hint why UTM refused."""
+        for row in self._utm.rows():
+            if row.uuid == found["base_uuid"] and row.power is not Power.STOPPED:
+                return f"{found['base']} is {row.power.word}; only a stopped machine can be cloned."
+        return "Is the disk full? Try it in UTM's window, which may show more."
+
+    def _must_be_whole(self, row: Row, order: Order, found: dict[str, Any]) -> None:
+        """Raises KodeError if the machine is an incomplete copy; later runs find that in the order."""
+        record = Record(copy_of=found["base_uuid"])
+        vm = VM(self._utm, self._state, Machine(row.uuid, row.name, row.power, record=record))
+        try:
+            vm.must_be_whole(read_hardware(self._utm, row.uuid, found["base_uuid"]))
+        except KodeError:
+            order.write({**found, "incomplete": row.uuid})
+            raise
+
+    def _complete(self, row: Row, name: str) -> None:
+        """Completes UTM's unfinished rename of a machine that certainly results from the order."""
+        self._notes.step(f"completing the name of {row.name}: {name}")
+        vm = VM(self._utm, self._state, Machine(row.uuid, row.name, row.power))
+        try:
+            reply = self._utm.raise_for_refusal(vm.configure(name=name))
+        except Unreachable as failure:
+            raise Unreachable(f"the new machine is still named {row.name} ({row.uuid}), and cannot be renamed: "
+                              f"{failure.message}", f"Rename it to {name} in UTM, then run this again.") from None
+        if reply.outcome is not Outcome.DONE:
+            self._notes.warn(f"UTM did not rename {row.name}: {reply.sentence}")
+
+
+# ---- sizes on disk
+
+# macOS may hold a read of UTM's folder until a person has answered its question (contract 6).
+DISK_LIMIT = 3.0        # seconds
+
+# ATTR_CMN_RETURNED_ATTRS and ATTR_CMNEXT_PRIVATESIZE of Apple's sys/attr.h; see getattrlist(2). The second one is in
+# the fork group if FSOPT_ATTR_CMN_EXTENDED is given.
+RETURNED_ATTRIBUTES = 0x80000000
+PRIVATE_SIZE = 0x8
+
+
+class Disk(NamedTuple):
+    """A machine's memory, the size of its bundle, and the space that its deletion frees. In bytes; None: unknown."""
+
+    memory: int | None = None
+    size: int | None = None
+    reclaimable: int | None = None
+
+
+def attribute_request() -> bytes:
+    """The `struct attrlist` that asks for the private size, and for the list of the attributes that are returned."""
+    import struct
+
+    bitmap_count, reserved = 5, 0
+    volume = folder = file = 0
+    return struct.pack("=HHIIIII", bitmap_count, reserved, RETURNED_ATTRIBUTES, volume, folder, file, PRIVATE_SIZE)
+
+
+def parse_private_size(answer: bytes) -> int | None:
+    """The size in bytes in getattrlist's answer; None if it was not returned or is not valid.
+
+    The answer is a 32-bit length, five 32-bit words with the returned attributes, and the size as off_t, packed
+    to 4 bytes.
+    """
+    import struct
+
+    layout = "=IIIIIIq"
+    length, _common, _volume, _folder, _file, fork, size = struct.unpack_from(layout, answer)
+    was_returned = length >= struct.calcsize(layout) and fork & PRIVATE_SIZE
+    if not was_returned or size < 0:
+        return None
+    return int(size)
+
+
+def private_size(path: str) -> int | None:
+    """Bytes on APFS that only this file uses, which its deletion would free; None if the file system reports none."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    request = ctypes.create_string_buffer(attribute_request(), 24)
+    answer = ctypes.create_string_buffer(64)
+    # FSOPT_NOFOLLOW and FSOPT_ATTR_CMN_EXTENDED.
+    no_follow, extended = 0x1, 0x20
+    room = ctypes.c_size_t(len(answer))
+    options = ctypes.c_uint(no_follow | extended)
+    if library.getattrlist(os.fsencode(path), request, answer, room, options) != 0:
+        return None
+    return parse_private_size(answer.raw)
+
+
+def reclaimable_size(path: str, allocated: int) -> int:
+    """Bytes that the deletion of a file frees: its private size on macOS; all its blocks where that is unknown."""
+    private = private_size(path) if sys.platform == "darwin" else None
+    if private is None:
+        return allocated
+    return min(private, allocated)
+
+
+def regular_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The path and the status of each regular file in a folder and below it. Raises OSError.
+
+    Symbolic links are not followed.
+    """
+    folders = [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(entry.path)
+                elif stat.S_ISREG(status.st_mode):
+                    yield entry.path, status
+
+
+def disk_usage(bundle: str) -> tuple[int, int]:
+    """The allocated bytes of a folder, and the bytes that its deletion frees. Raises OSError.
+
+    A file with several hard links counts once. Its deletion frees nothing if one of them is outside of the folder.
+    """
+    size = reclaimable = 0
+    links: dict[tuple[int, int], int] = {}
+    for path, status in regular_files(bundle):
+        inode = (status.st_dev, status.st_ino)
+        links[inode] = links.get(inode, 0) + 1
+        allocated = status.st_blocks * 512
+        if links[inode] == 1:
+            size += allocated
+        if links[inode] == status.st_nlink:
+            reclaimable += reclaimable_size(path, allocated)
+    return size, reclaimable
+
+
+def configured_memory(plist: str, uuid: str) -> int | None:
+    """The memory in bytes that a machine's config.plist sets; None if the file is another machine's.
+
+    Raises ValueError if the text is not such a file.
+    """
+    import plistlib
+
+    try:
+        settings = plistlib.loads(plist.encode())
+        if settings["Information"]["UUID"] != uuid:
+            return None
+        mebibytes = int(settings["System"]["MemorySize"])
+    except Exception as failure:
+        # Each defect has another class. plistlib does not export the one of expat.
+        raise ValueError(f"config.plist: {failure}") from None
+    return mebibytes << 20
+
+
+def read_bundle(documents: str, uuid: str, name: str) -> Disk:
+    """The sizes of one machine, from its bundle. Raises OSError or ValueError.
+
+    All sizes are unknown if the folder is the bundle of another machine.
+    """
+    # UTM replaces the characters that a file name cannot have (contract 1.5).
+    folder_name = re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm"
+    bundle = os.path.join(documents, folder_name)
+    plist = read_text(os.path.join(bundle, "config.plist"))
+    memory = configured_memory(plist or "", uuid)
+    if memory is None:
+        return Disk()
+    size, reclaimable = disk_usage(bundle)
+    return Disk(memory, size, reclaimable)
+
+
+def read_bundles(documents: str, rows: Sequence[Row | Machine], seconds: float,
+                 tick: Callable[[], None]) -> dict[str, Disk]:
+    """The sizes of machines, by UUID, as far as they can be read within `seconds`.
+
+    A bundle that cannot be read is left out. The read runs in its own thread, because it hangs while macOS asks the
+    person for permission (contract 6).
+    """
+    names = {row.uuid: row.name for row in rows}
+    found: dict[str, Disk] = {}
+
+    def read_all() -> None:
+        for uuid, name in names.items():
+            with contextlib.suppress(OSError, ValueError):
+                found[uuid] = read_bundle(documents, uuid, name)
+
+    reader = threading.Thread(target=read_all, daemon=True)
+    reader.start()
+    deadline = time.monotonic() + seconds
+    while reader.is_alive() and time.monotonic() < deadline:
+        reader.join(0.2)
+        tick()
+    return dict(found)
+
+
+def free_space(path: str) -> int | None:
+    """Free bytes of the volume that holds `path`, which need not exist yet; None if they are unknown."""
+    existing = os.path.abspath(path)
+    while not os.path.exists(existing) and existing != "/":
+        existing = os.path.dirname(existing)
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError:
+        return None
+# ---- ssh options
+
+
+def own_command() -> list[str]:
+    """The words that start this program from anywhere.
+
+    install.sh makes it a zip application, which contains `__file__`. Its first line names a Python whose path outlives
+    an upgrade; the path of the running one may not.
+    """
+    path = os.path.realpath(__file__)
+    if os.path.exists(path):
+        return [sys.executable, "-IS", path]
+    return [os.path.dirname(path)]
+
+
+def as_words(options: dict[str, str]) -> list[str]:
+    """ssh's options as words of a command line."""
+    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+
+
+class SshConfig:
+    """The options of ssh and scp, so that a session ends in that very machine or not at all."""
+
+    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str]) -> None:
+        self._settings, self._utm, self._state, self._words = settings, utm, state, words
+
+    def knows(self, name: str) -> bool:
+        """Whether a host key of that machine is pinned. Otherwise ssh may learn one, in the same file."""
+        return bool(self._state.pinned(name))
+
+    def keep_alive(self, host: str) -> dict[str, str]:
+        """Ends a session whose machine is gone within 45 s, unless the person's configuration has its own interval."""
+        reply = None
+        # Without ssh there is no session either, and that error is reported then.
+        with contextlib.suppress(KodeError):
+            reply = self._utm.call("ssh", "-G", "--", host)
+        if reply and re.search(r"(?m)^serveraliveinterval [1-9]", reply.out):
+            return {}
+        return {"ServerAliveInterval": "10", "ServerAliveCountMax": "3"}
+
+    def _own_options(self, is_known: bool) -> dict[str, str]:
+        """The options that tie ssh to our own host keys, whatever the person's own configuration has for `Host *`."""
+        def quoted(path: str) -> str:
+            return '"' + path.replace("%", "%%") + '"'
+        options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
+                   "StrictHostKeyChecking": "yes" if is_known else "accept-new", "UpdateHostKeys": "no",
+                   "VerifyHostKeyDNS": "no", "HashKnownHosts": "no", "CheckHostIP": "no",
+                   "IgnoreUnknown": "*", "KnownHostsCommand": "none",
+                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
+        if self._settings.ssh_user:
+            options["User"] = self._settings.ssh_user
+        if self._settings.identity_file:
+            options["IdentityFile"] = quoted(self._settings.identity_file)
+        return options
+
+    def argv(self, vm: VM, address: str, command: Sequence[str]) -> list[str]:
+        """The command line of ssh to an address. The guest's login shell joins the words of `command`."""
+        options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(self.knows(vm.name)),
+                   "ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no",
+                   "Port": str(self._settings.ssh_port), **self.keep_alive(address)}
+        return ["ssh", *as_words(options), "--", address, *command]
+
+    def name_options(self, is_known: bool = True) -> dict[str, str]:
+        """The options with which ssh, scp and others reach a machine by its name, through `kodemachine proxy`.
+
+        They have no Port and no HostKeyAlias, so that the host key is looked up by the plain name. The program has its
+        absolute path, because editors lack ~/bin on PATH. The proxy passes its connected socket to ssh.
+        """
+        words = [*own_command(), *self._words, "proxy"]
+        if not is_known:
+            words.append("--learning")
+        proxy = shlex.join(words).replace("%", "%%")
+        return {"ProxyCommand": f"{proxy} %h", "ProxyUseFdpass": "yes", **self._own_options(is_known)}
+
+
+# ---- Manager: find or clone, start, stop, delete
+
+
+class StartOptions(NamedTuple):
+    """The options of a start. `memory` in MiB, `timeout` in seconds; None: unchanged."""
+
+    base: str | None = None
+    cpus: int | None = None
+    memory: int | None = None
+    timeout: float | None = None
+    only_new: bool = False          # --rm: the machine must not exist yet
+    may_clone: bool = True
+    bare: bool = False              # the label was alone on the command line, where a command may be meant
+    commands: tuple[str, ...] = ()  # the names of all commands, for a typo of one
+    afterwards: str = CONTINUES     # the hint for a person who interrupts the cloning
+
+
+class Identity(NamedTuple):
+    """The identity that a guest reports: its host keys (`type base64`) and its machine-id."""
+
+    host_keys: list[str]
+    machine_id: str
+
+
+class Facts(NamedTuple):
+    """One machine as `list` and `status` show it: the keys of --json, in this order. Sizes in bytes; None: unknown."""
+
+    label: str | None
+    name: str
+    uuid: str
+    status: str
+    ip: str | None
+    image: str | None
+    memory: int | None
+    size: int | None
+    reclaimable: int | None
+    created: str | None
+
+
+DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
+# Seconds for a guest's addresses in a list: its agent may hang (contract 5).
+ADDRESS_LIMIT = 5.0
+
+
+def open_script(path: str) -> BinaryIO:
+    """Opens the script that `first_boot` names. Raises UsageError."""
+    try:
+        return open(path, "rb")
+    except OSError as failure:
+        raise UsageError(f"first_boot is {path}: {failure.strerror}", "Name another script: kodemachine config set "
+                         "first_boot PATH; for none: kodemachine config unset first_boot") from None
+
+
+class Manager:
+    """All machines: finds or clones them, starts, stops and deletes them."""
+
+    def __init__(self, settings: Settings, utm: Utmctl, state: State, words: Sequence[str] = ()) -> None:
+        """`words`: options for a kodemachine that other programs start."""
+        self.settings, self.utm, self.state = settings, utm, state
+        self._notes, self.maker = utm.notes, Maker(utm, state, settings.clone_timeout)
+        self.ssh = SshConfig(settings, utm, state, words)
+        self._turn = threading.Lock()
+        self._waiting_since: float | None = None        # for the fleet's lock of another kodemachine
+
+    # -- machines
+
+    def label(self, text: str) -> str:
+        """The label that a word of the command line means. Raises UsageError."""
+        return check_label(text, self.settings)
+
+    def name(self, label: str) -> str:
+        """The machine's name in UTM, for ssh, and in the known-hosts file."""
+        return self.settings.prefix + label
+
+    def fleet(self, partial: bool = False, call: Call | None = None) -> Fleet:
+        """All machines; `partial` and `call` as for Utmctl.rows. Raises Unreachable, TimedOut or KodeError."""
+        return Fleet(self.utm.rows(partial, call), self.state.records(), self.settings)
+
+    def vm(self, machine: Machine) -> VM:
+        """The machine as an object that can be started, stopped, and so on."""
+        return VM(self.utm, self.state, machine)
+
+    def vm_of(self, made: Machine) -> VM:
+        """A machine that was just made, as an object with its label."""
+        return self.vm(made._replace(label=label_in(made.name, self.settings.prefix)))
+
+    def find(self, label: str) -> VM:
+        """The clone with that label. Raises NotFound if a clean list lacks it."""
+        return self.vm(self.fleet(partial=True).find(label))
+
+    @contextlib.contextmanager
+    def holding(self, label: str, *, wait: bool = True) -> Iterator[None]:
+        """Holds the label's lock, which is taken before the fleet's."""
+        with self.state.lock(self.name(label), self.settings.lock_limit, wait=wait):
+            yield
+
+    @contextlib.contextmanager
+    def fleet_lock(self) -> Iterator[None]:
+        """Holds the fleet's lock: to clone, rename, configure and delete.
+
+        Our own threads take turns, so that only the time of other processes counts as waiting. It counts once for all.
+        """
+        with self._turn:
+            self._waiting_since = self._waiting_since or time.monotonic()
+            left = self._waiting_since + self.settings.lock_limit - time.monotonic()
+            with self.state.lock("fleet", max(1.0, left), what="the fleet"):
+                self._waiting_since = None
+                yield
+
+    # -- find or clone
+
+    def find_or_clone(self, label: str, options: StartOptions) -> tuple[VM, Call | None]:
+        """The clone with that label, made if it is missing, and a question for its addresses that has begun.
+
+        That question is about the UUID remembered for the name, and is asked together with the list. It is kept only if
+        the list shows exactly that machine, started. Callers hold the label's lock.
+        """
+        name = self.name(label)
+        records = self.state.records()
+        known = [uuid for uuid, record in records.items() if record.name == name and UUID.fullmatch(uuid)]
+        call = self.utm.begin("ip-address", known[0]) if len(known) == 1 else None
+        try:
+            listing = self.utm.begin("list")
+            # The modules that ssh options and the probe need: while UTM answers, their import costs no time.
+            import base64  # noqa: F401
+            import socket  # noqa: F401
+
+            fleet = Fleet(self.utm.rows(partial=True, call=listing), records, self.settings)
+            machine = fleet.get(label)
+            if machine is None:
+                fleet.rows.must_be_complete()
+                self._must_be_meant(label, options, fleet)
+                return self._clone(label, options, records), None
+            vm = self._taken(machine, label, options, fleet)
+            if vm.uuid in known and vm.power is Power.STARTED:
+                kept, call = call, None
+                return vm, kept
+            return vm, None
+        finally:
+            self.utm.drop(call)
+
+    def _taken(self, machine: Machine, label: str, options: StartOptions, fleet: Fleet) -> VM:
+        """A machine that exists already, with its record up to date."""
+        name = self.name(label)
+        record = self.maker.claim(machine.uuid, name, fleet.uuids) or machine.record
+        vm = self.vm(machine._replace(record=record))
+        self.refuse_options(vm, label, options)
+        if self.is_orphan(machine):
+            # Somebody wants it after all.
+            vm.remember(is_temporary=False)
+        if record.name not in ("", name):
+            # It was renamed in UTM. Its guest has the old name.
+            vm.remember(name=name, is_named=False)
+        return vm
+
+    def _must_be_meant(self, label: str, options: StartOptions, fleet: Fleet) -> None:
+        """Raises NotFound or UsageError if a new machine of that label is perhaps a mistake."""
+        other = near_label(label, [str(clone.label) for clone in fleet.clones])
+        if not options.may_clone:
+            meant = f"; did you mean {other!r}?" if other else ""
+            raise NotFound(f"there is no machine {label}{meant}", f"To create it: kodemachine {label}")
+        if options.bare:
+            self._must_not_be_a_command(label, options.commands)
+        if other:
+            self._notes.warn(f"{label} is a new machine; {other} exists as well")
+
+    @staticmethod
+    def _must_not_be_a_command(label: str, commands: Sequence[str]) -> None:
+        near = near_command(label, commands)
+        if near is None:
+            return
+        problem = f"there is no machine {label}; did you mean {near!r}?"
+        if near == "start":
+            # `up` alone does not say which machine.
+            raise UsageError(problem, "To start a machine, for example: kodemachine project-alpha")
+        hint = f"See: kodemachine help {near}"
+        if label not in SYNONYMS:
+            # It may be a label after all.
+            hint += f"; to create a machine of that name: kodemachine start {label}"
+        raise UsageError(problem, hint)
+
+    def refuse_options(self, vm: VM, label: str, options: StartOptions) -> None:
+        """Raises WrongState for options that only a new machine can have."""
+        record = vm.record
+        again = "To replace it: the same command with --fresh"
+        if options.only_new:
+            raise WrongState(f"{vm.name} exists already, and --rm is only for a machine that the command creates",
+                             f"To use it: kodemachine {label}; to delete it first: kodemachine delete --force {label}")
+        is_other = options.base not in (None, record.image) and whole_name(options.base or "") != record.image
+        if is_other and (options.base or "").upper() != record.image_uuid:
+            raise WrongState(f"{vm.name} was cloned from {record.image or 'an unknown image'}", again)
+        # A run that was interrupted before its first start has made it.
+        is_new = record.never_started and vm.power is Power.STOPPED
+        if (options.cpus or options.memory) and not is_new:
+            raise WrongState(f"{vm.name} exists already; --cpus and --memory are for a new clone", again)
+
+    def _clone(self, label: str, options: StartOptions, records: dict[str, Record]) -> VM:
+        """A new machine with that label, or the one that an earlier run began to make. `records`: as read before."""
+        name = self.name(label)
+        with self.fleet_lock():
+            begun = Order(self.state, name).load()
+            made = self.maker.resume(name)
+            if made:
+                records = {**records, made.uuid: made.record}
+            fleet = Fleet(self.utm.rows(), records, self.settings)
+            # It may have appeared since the first look, while UTM was starting.
+            machine = fleet.get(label)
+            if machine is None and begun and begun["record"].get("is_copy"):
+                # Otherwise the new machine would pass for that copy.
+                Order(self.state, name).remove()
+                raise WrongState(f"an earlier `{self.order_command(name, begun)}` was interrupted and left no machine",
+                                 "To repeat it, run it again. For a machine from the image, run this command again.")
+            if machine is None:
+                base = self.base_for_new(fleet, options.base)
+                made = self.maker.clone(base, name, fleet.rows, options.afterwards, is_temporary=options.only_new)
+                return self.vm_of(made)
+            vm = self._taken(machine, label, options._replace(only_new=options.only_new and made is None), fleet)
+            if options.only_new:
+                vm.remember(is_temporary=True)
+            return vm
+
+    def copy(self, label: str, new: str) -> None:
+        """Clones a stopped clone with a new label; the copy counts as one of the same image.
+
+        Raises WrongState if that is not possible, or if there is a machine of that name, unless an earlier run of this
+        made it. Callers hold both labels' locks.
+        """
+        vm, name = self.find(label), self.name(new)
+        if vm.power is not Power.STOPPED:
+            raise WrongState(f"{vm.name} is {vm.power.word}; only a stopped machine can be cloned",
+                             f"To stop it first: kodemachine stop {label}")
+        with self.fleet_lock():
+            self._refuse_other_order(vm, new)
+            made = self.maker.resume(name)
+            fleet = self.fleet()
+            if made is None and fleet.get(new):
+                raise WrongState(f"{name} exists already",
+                                 f"Use another label, or delete it first: kodemachine delete {new}")
+            if made is None:
+                self.prove_whole(vm)
+                # The script has left its results on the disk, unless it was never run.
+                first_boot = "" if vm.record.never_started else vm.record.first_boot or "done"
+                source = Machine(vm.uuid, vm.name, vm.power)
+                made = self.maker.clone(source, name, fleet.rows, image=vm.record.image,
+                                        image_uuid=vm.record.image_uuid, is_copy=True, first_boot=first_boot)
+            self.prove_whole(self.vm_of(made))
+
+    def _refuse_other_order(self, vm: VM, new: str) -> None:
+        """Raises WrongState if an earlier run began to make the new machine from another one."""
+        name = self.name(new)
+        order = Order(self.state, name)
+        found = order.load()
+        if not found or found["base_uuid"] == vm.uuid:
+            return
+        fleet = self.fleet()
+        # A deleted machine cannot be cloned; `resume` finds a clone that was already made.
+        if order.is_alive() or fleet.get(new) or fleet.by_uuid(found["base_uuid"]):
+            raise WrongState(f"an earlier run began to clone {found['base']} to {name}",
+                             f"To complete that: {self.order_command(name, found)}")
+
+    def order_command(self, name: str, order: dict[str, Any]) -> str:
+        """The command line that completes an order."""
+        label = label_in(name, self.settings.prefix)
+        if order.get("record", {}).get("is_copy"):
+            return f"kodemachine clone {label_in(order['base'], self.settings.prefix)} {label}"
+        return f"kodemachine {label}"
+
+    def prove_whole(self, vm: VM) -> None:
+        """Raises KodeError if a machine that was never started is an incomplete copy. The proof is recorded."""
+        if vm.record.copy_of:
+            vm.must_be_whole(read_hardware(self.utm, vm.uuid, vm.record.copy_of))
+            vm.remember(copy_of="")
+
+    def base_for_new(self, fleet: Fleet, wanted: str | None) -> Machine:
+        """The image for a new machine. Raises KodeError if that cannot succeed."""
+        if self.settings.first_boot:
+            # The error is better now than after the clone.
+            open_script(self.settings.first_boot).close()
+        image = fleet.image(wanted)
+        self.prove_whole(self.vm(image))
+        return image
+
+    # -- start
+
+    def start(self, vm: VM, options: StartOptions, call: Call | None = None) -> str:
+        """Starts or resumes a machine, waits for its ssh server and gives it its identity; returns the address.
+
+        Callers hold the label's lock.
+        """
+        try:
+            return self._start(vm, options, call)
+        finally:
+            # One write for the whole start, also after a failure.
+            vm.remember()
+
+    def _start(self, vm: VM, options: StartOptions, call: Call | None) -> str:
+        limit = options.timeout or self.settings.boot_timeout
+        needs_renewal = vm.record.is_copy and vm.power is Power.STOPPED
+        began = time.monotonic()
+
+        def before_cold() -> None:
+            nonlocal began
+            self._prepare(vm, options.memory, options.cpus)
+            # The wait for another kodemachine's lock is not a part of the boot.
+            began = time.monotonic()
+
+        if vm.power is not Power.STARTED:
+            verb = "resuming" if vm.power is Power.PAUSED else "starting"
+            self._notes.step(f"{verb} {vm.name}")
+            vm.power_on(limit, before_cold=before_cold)
+        if vm.record.never_started:
+            first_boot = vm.record.first_boot
+            if not first_boot and self.settings.first_boot:
+                first_boot = "pending"
+            vm.note(never_started=False, first_boot=first_boot)
+        if not call:
+            self._notes.step(f"waiting for ssh on {vm.name}")
+        left = max(1.0, limit - (time.monotonic() - began))
+        address = vm.wait_for_ssh(self.settings.ssh_port, left, call)
+        if needs_renewal:
+            return self._renew(vm, limit) or address
+        if not vm.record.is_named:
+            self._notes.step(f"naming the guest {vm.label}")
+            self._record_identity(vm, self.read_identity(vm))
+        return address
+
+    def before_cold_start(self, vm: VM, memory: int | None = None, cpus: int | None = None) -> None:
+        """Proves that the machine is a whole copy, and gives it a network address of its own; memory in MiB."""
+        self._prepare(vm, memory, cpus)
+        vm.remember()
+
+    def _prepare(self, vm: VM, memory: int | None, cpus: int | None) -> None:
+        if memory or cpus or not vm.record.mac_is_unique:
+            with self.fleet_lock():
+                self._notes.step(f"checking the network address of {vm.name}")
+                vm.prepare(memory, cpus)
+        vm.note(name=vm.name, mac_is_unique=True, copy_of="")
+
+    def _record_identity(self, vm: VM, identity: Identity | None) -> None:
+        if identity is None:
+            return
+        self.state.pin(vm.name, identity.host_keys)
+        vm.note(name=vm.name, is_named=True, machine_id=printable(identity.machine_id))
+
+    def _renew(self, vm: VM, limit: float) -> str | None:
+        """Gives a copy host keys and a machine-id of its own, and restarts it, because only then they count.
+
+        Returns its address then, or None if its guest agent did not do it; the next cold start tries again.
+        """
+        self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
+        identity = self.read_identity(vm, renew=True)
+        if identity is None:
+            return None
+        self._notes.step(f"restarting {vm.name}")
+        try:
+            vm.ask_to_stop(self.settings.stop_timeout)
+        except TimedOut:
+            # The new identity has been flushed to the disk.
+            vm.force_off()
+        self._record_identity(vm, identity)
+        vm.note(is_copy=False)
+        vm.power_on(limit)
+        self._notes.step(f"waiting for ssh on {vm.name}")
+        return vm.wait_for_ssh(self.settings.ssh_port, limit)
+
+    def read_identity(self, vm: VM, *, needed: bool = False, renew: bool = False) -> Identity | None:
+        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it.
+
+        With `needed`, a guest agent that does not run commands is an error.
+        """
+        label = str(vm.label)
+        words = ["/bin/sh", "-c", IDENTITY, "kodemachine", label]
+        wanted = {"hostname": label, "end": label}
+        if renew:
+            words.append("renew")
+            wanted["renewed"] = "yes"
+        problem, out = "its answer is incomplete", b""
+        try:
+            _, out, _ = vm.run(words, limit=LIMITS["osascript"])
+        except KodeError as failure:
+            if needed:
+                raise
+            problem = failure.message
+        pairs = [line.split("=", 1) for line in out.decode("utf-8", "replace").splitlines() if "=" in line]
+        found = dict(pairs)
+        if any(found.get(key) != value for key, value in wanted.items()):
+            self._notes.warn(f"the guest agent did not name {vm.name} ({problem}); the next start tries again")
+            return None
+        host_keys = parse_host_keys([value for key, value in pairs if key == "key"])
+        return Identity(host_keys, found.get("machine-id", "")[:64])
+
+    def running(self, label: str) -> tuple[VM, str, bool]:
+        """A running machine, the address at which it answers, and whether its host key is known.
+
+        It is neither cloned nor started. Raises NotFound or WrongState. Callers hold the label's lock.
+        """
+        options = StartOptions(may_clone=False)
+        vm, call = self.find_or_clone(label, options)
+        if vm.power is not Power.STARTED:
+            self.utm.drop(call)
+            raise WrongState(f"{vm.name} is {vm.power.word}", f"To start it: kodemachine start -d {label}")
+        address = self.start(vm, options, call)
+        return vm, address, self.ssh.knows(vm.name)
+
+    # -- facts
+
+    @property
+    def documents(self) -> str:
+        """The folder of UTM's bundles."""
+        return self.settings.documents or os.path.expanduser(DOCUMENTS)
+
+    def describe(self, machines: Sequence[Machine], *, ip: bool = True, sizes: bool = False) -> list[Facts]:
+        """The facts about these machines. A guest that hangs costs its own row the address.
+
+        Sizes are read only if wanted: macOS asks the person before a program reads UTM's folder (contract 6).
+        """
+        running = [machine for machine in machines if ip and machine.power is Power.STARTED]
+        replies = self.utm.gather([("ip-address", machine.uuid) for machine in running], limit=ADDRESS_LIMIT)
+        addresses = {machine.uuid: parse_addresses(reply.out) for machine, reply in zip(running, replies)
+                     if reply.outcome is Outcome.DONE}
+        disks: dict[str, Disk] = {}
+        if sizes and machines:
+            disks = read_bundles(self.documents, machines, DISK_LIMIT, self._notes.tick)
+        found = []
+        for machine in machines:
+            record, disk = machine.record, disks.get(machine.uuid, Disk())
+            address = next(iter(addresses.get(machine.uuid, [])), None)
+            found.append(Facts(machine.label, machine.name, machine.uuid, machine.power.word, address,
+                               record.image or None, disk.memory, disk.size, disk.reclaimable, record.created or None))
+        return found
+
+    # -- the everyday verbs; callers hold the label's lock
+
+    def stop(self, label: str, limit: float, *, force: bool = False, kill: bool = False) -> str:
+        """Turns a machine off; the guest is asked first, unless forced. Returns a description of the result."""
+        vm = self.find(label)
+        if vm.power is Power.STOPPED:
+            return "is already stopped"
+        if force or kill:
+            vm.force_off(kill)
+        else:
+            vm.ask_to_stop(limit)
+        return "stopped"
+
+    def suspend(self, label: str) -> str:
+        """Pauses a machine in memory. Returns a description of the result."""
+        vm = self.find(label)
+        if vm.power is Power.PAUSED:
+            return "is already suspended"
+        vm.suspend(self.settings.stop_timeout)
+        return "suspended"
+
+    def resume(self, label: str) -> str:
+        """Continues a paused machine. Returns a description of the result. Raises WrongState for a stopped one."""
+        vm = self.find(label)
+        if vm.power is Power.STARTED:
+            return "is already running"
+
+        def before_cold() -> None:
+            raise WrongState(f"{vm.name} is stopped and cannot be resumed",
+                             f"To start it: kodemachine start -d {label}")
+        vm.power_on(self.settings.boot_timeout, before_cold=before_cold)
+        return "resumed"
+
+    def delete(self, vm: VM, *, force: bool, measure: bool = False) -> int | None:
+        """Deletes a clone, stopping it first with `force`.
+
+        With `measure` it returns the bytes that this frees. None: unknown, because macOS may refuse UTM's folder.
+        """
+        if vm.power is not Power.STOPPED:
+            if not force:
+                raise WrongState(f"{vm.name} is {vm.power.word}",
+                                 f"To stop and delete it: kodemachine delete --force {vm.label}")
+            # Without a complete list the machine would be turned off, and not be deleted.
+            self.utm.rows()
+            vm.force_off()
+        disks: dict[str, Disk] = {}
+        if measure:
+            row = Row(vm.uuid, vm.power, vm.name)
+            disks = read_bundles(self.documents, [row], DISK_LIMIT, self._notes.tick)
+        with self.fleet_lock():
+            fleet = self.fleet()
+            machine = fleet.by_uuid(vm.uuid)
+            # A machine that is gone meanwhile is the wanted result.
+            if machine and (machine.name != vm.name or not machine.label):
+                raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted",
+                                 "To see all machines: kodemachine list -a")
+            vm.delete(LIMITS["delete"])
+            Order(self.state, vm.name).remove()
+            # It may have been renamed in UTM.
+            for name in {vm.name, vm.record.name or vm.name}:
+                self.state.forget(name, fleet.uuids - {vm.uuid})
+        return disks.get(vm.uuid, Disk()).reclaimable
+
+    def forget_missing(self) -> None:
+        """Removes the records of machines that a clean list lacks; the fleet's lock protects those being made."""
+        if not self.state.records():
+            return
+        with self.fleet_lock():
+            fleet = self.fleet()
+            # Without any machine UTM perhaps has no window yet (contract 4).
+            if not fleet.machines:
+                return
+            records = self.state.records()
+            for name in {record.name for uuid, record in records.items() if uuid not in fleet.uuids}:
+                self.state.forget(name, fleet.uuids)
+
+    # -- temporary machines
+
+    def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
+        """The lock that a --rm session holds for its machine; so an orphan can be recognised."""
+        # A `list` that checks it holds it for a moment.
+        return self.state.lock(vm.uuid + ".session", 5.0)
+
+    def is_orphan(self, machine: Machine) -> bool:
+        """Whether a machine was made with --rm, and its kodemachine no longer runs."""
+        return machine.record.is_temporary and not self.state.locked(machine.uuid + ".session")
+
+
+# ---- images: Sealer, Creator
+
+# The prefix of an image's name while it is being made. The result is neither an image's name nor a clone's.
+UNFINISHED = "unfinished-"
+PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*)(?:\s|$)")
+
+
+def parse_public_key(text: str) -> str:
+    """The public key in the first line of a file; empty if it has none."""
+    line = text.partition("\n")[0]
+    match = PUBLIC_KEY.match(line)
+    if not match:
+        return ""
+    # A comment may contain anything; the key goes into shell scripts and JSON.
+    if line.isascii() and line.isprintable():
+        return line
+    return match.group(1)
+
+
+def public_key(identity_file: str | None) -> str:
+    """The person's public key, as `type base64 comment`. Raises KodeError if there is none."""
+    if identity_file:
+        places = [identity_file.removesuffix(".pub") + ".pub"]
+        hint = "Name the key that you use: kodemachine config set identity_file PATH"
+    else:
+        kinds = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
+        places = [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in kinds]
+        hint = "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH"
+    for place in places:
+        with contextlib.suppress(OSError):
+            key = parse_public_key(read_text(place) or "")
+            if key:
+                return key
+    raise KodeError(f"there is no ssh public key at {' or '.join(places[:3])}", hint)
+
+
+def user_name(name: str | None) -> str:
+    """The user in the guest: `name`, or else the login name, as ssh does it. Raises UsageError."""
+    import pwd
+
+    hint = "Set one: kodemachine config set ssh_user NAME, or --user of base create"
+    try:
+        name = name or pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        raise UsageError(f"the user ID {os.geteuid()} has no login name", hint) from None
+    _, is_valid = SETTINGS["ssh_user"]
+    if not is_valid(name):
+        raise UsageError(f"{name!r} is not a valid user name", hint)
+    return name
+
+
+class Images:
+    """The machines that may become images, and their copies."""
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager, self._utm = manager, manager.utm
+
+    def _sealable(self, text: str) -> Machine:
+        """The machine of that UTM name, UUID or label, if it is not an image. Raises NotFound or WrongState."""
+        prefix = self._manager.settings.prefix
+        found = [machine for machine in self._manager.fleet().machines
+                 if text in (machine.name, label_in(machine.name, prefix)) or text.upper() == machine.uuid]
+        if not found:
+            raise NotFound(f"there is no machine {text}", "See them all: kodemachine list -a")
+        if len(found) > 1:
+            which = ", ".join(f"{machine.name} ({machine.uuid})" for machine in found)
+            raise WrongState(f"{text} matches {len(found)} machines: {which}", "Give the UUID instead.")
+        machine = found[0]
+        if machine.is_image or machine.name.startswith("kodeimage-"):
+            raise WrongState(f"{machine.name} is an image, and images are never changed",
+                             "Seal a clone of it instead.")
+        return machine
+
+    @contextlib.contextmanager
+    def sealing(self, text: str) -> Iterator[VM]:
+        """Holds the lock of a machine that may be sealed. Raises NotFound, WrongState or TimedOut."""
+        machine = self._sealable(text)
+        # The name of a foreign machine may not be usable as a file name.
+        lock = machine.name if machine.label else machine.uuid
+        with self._manager.state.lock(lock, self._manager.settings.lock_limit, what=machine.name):
+            yield self._manager.vm(self._sealable(machine.uuid))
+
+    def resume_copy(self, vm: VM, name: str) -> VM | None:
+        """The image `name` that an earlier, interrupted run copied from this machine; None if there is none.
+
+        Raises WrongState if another machine has that name.
+        """
+        with self._manager.fleet_lock():
+            row = self._manager.maker.resume(name)
+            if row:
+                image = self._manager.vm_of(row)
+                if image.record.image_uuid == vm.uuid:
+                    self._manager.prove_whole(image)
+                    return image
+            Maker.must_be_free(name, self._utm.rows())
+            return None
+
+    def copy(self, vm: VM, name: str) -> VM:
+        """Copies a stopped machine to the image `name`. Raises KodeError."""
+        with self._manager.fleet_lock():
+            base = Machine(vm.uuid, vm.name, vm.power)
+            image = self._manager.vm_of(self._manager.maker.clone(base, name, self._utm.rows()))
+            self._manager.prove_whole(image)
+            return image
+
+
+# Seconds for the script that seals a machine; it trims the disk.
+SEAL_LIMIT = 300.0
+
 
 class Step(NamedTuple):
-    """One step of SEAL; `status` is ok, would, done, bad or warn."""
+    """One step of the script SEAL; `status` is ok, would, done, bad or warn."""
 
     name: str
     status: str
     detail: str
 
 
-def public_key(identity_file: str | None) -> str:
-    """The person's public key, as `type base64 comment`. Raises KodeError if there is none."""
-    kinds = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
-    places = [identity_file.removesuffix(".pub") + ".pub"] if identity_file else \
-        [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in kinds]
-    for place in places:
-        with contextlib.suppress(OSError):
-            first = (read_text(place) or "").partition("\n")[0]
-            found = re.match(r"((?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*)(?:\s|$)", first)
-            if found:                   # in a comment anything may stand
-                return first if first.isascii() and first.isprintable() else found[1]
-    raise KodeError(f"there is no public key of yours at {' or '.join(places[:1] if identity_file else places[:3])}",
-                    "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH")
-
-
-def user_name(name: str | None) -> str:
-    """The user in the guest: `name`, or else the login name, as ssh takes it. Raises UsageError."""
-    import pwd
-
-    try:
-        name = name or pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        raise UsageError("your user has no name here", "Set one: --user or ssh_user") from None
-    if not SETTINGS["ssh_user"][1](name):
-        raise UsageError(f"{name!r} cannot be a user's name in the guest", "Set another: --user or ssh_user")
-    return name
-
-
-class Images:
-    """The golden images: which machine may become one, and how it comes by its name."""
-
-    def __init__(self, manager: Manager) -> None:
-        self._manager, self._utm, self._state = manager, manager.utm, manager.state
-        self._cloner, self._notes = manager.cloner, manager.utm.notes
-
-    def _sealable(self, text: str) -> Row:
-        """The machine of that UTM name, UUID or label, which is no image. Raises NotFound or WrongState."""
-        name = self._manager.settings.prefix + text
-        rows = self._utm.rows()
-        found = [row for row in rows if row.name == text or row.uuid == text.upper()
-                 or (row.name == name and self._manager.label_of(name))]
-        if len(found) > 1:
-            raise WrongState(f"{text} may be one of {len(found)} machines: "
-                             + ", ".join(f"{row.name} ({row.uuid})" for row in found), "Name its UUID.")
-        if not found:
-            raise NotFound(f"there is no machine {text}", "See them all: kodemachine list -a")
-        if found[0] in self._manager.images(rows) or found[0].name.startswith("kodeimage-"):
-            raise WrongState(f"{found[0].name} is an image, and images are never changed",
-                             "Seal a clone of it instead.")
-        return found[0]
-
-    @contextlib.contextmanager
-    def sealing(self, text: str) -> Iterator[VM]:
-        """Holds the lock of a machine that may be sealed. Raises NotFound or WrongState."""
-        row = self._sealable(text)
-        name = row.name if self._manager.label_of(row.name) else row.uuid    # foreign names may not do for a file's
-        with self._state.lock(name, self._manager.settings.lock_limit, what=row.name):
-            row = self._sealable(row.uuid)
-            record = self._manager.record_of(row.uuid)
-            if record.get("saved"):
-                raise WrongState(f"{row.name} has a saved session, which sealing would lose",
-                                 "Resume it and shut it down first.")
-            if record.get("disposable") and row.power is not Power.STOPPED:
-                raise WrongState(f"{row.name} runs as disposable: what is changed in it is lost when it stops",
-                                 "Stop it first.")
-            yield VM(self._utm, row)
-
-    def forget_guest(self, vm: VM) -> None:
-        """Drops what is known of a guest whose host keys are about to go."""
-        if vm.uuid in self._state.records():
-            self._state.record(vm.uuid, host_keys=None, machine_id=None, personality=None, learning=None)
-        self._state.pin(vm.name, [])
-
-    def begun(self, vm: VM, name: str) -> Row | None:
-        """The image `name` that an earlier run began to copy from this machine.
-
-        None if there is none. Raises WrongState if a machine of that name is another one.
-        """
-        with self._manager.fleet():
-            begun = Intent(self._state, name).load()
-            row = self._cloner.finish(name)
-            if row and begun and self._cloner.adopt(row) and begun["base_uuid"] == vm.uuid:
-                self._manager.prove_whole(row)
-                return row
-            self._cloner.must_be_free(name, self._utm.rows())
-            return None
-
-    def copy(self, vm: VM, name: str) -> Row:
-        """Copies a stopped machine under an image's name."""
-        with self._manager.fleet():
-            row = self._cloner.clone(Row(vm.uuid, vm.power, vm.name), name, self._utm.rows())
-            self._cloner.adopt(row)
-            self._manager.prove_whole(row)
-            return row
-
-    def made(self, name: str) -> Row | None:
-        """The machine that an earlier run asked UTM to make, None if nothing has come of that."""
-        with self._manager.fleet():
-            row = self._cloner.finish(name)
-            return row if row and self._cloner.adopt(row) else None
-
-    def make(self, name: str, *words: str) -> Row:
-        """Has UTM make a new machine; the words are MAKE's."""
-        with self._manager.fleet():
-            row = self._cloner.make(name, self._utm.rows(), words)
-            self._cloner.adopt(row)
-            return row
-
-    def rename(self, vm: VM, name: str) -> None:
-        """Gives a stopped machine another name, and returns when a clean list shows it. Raises KodeError."""
-        with self._manager.fleet():
-            Cloner.must_be_free(name, self._utm.rows())
-            for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
-                reply = self._utm.insist(vm.configure(name=name))
-                if Row(vm.uuid, Power.STOPPED, name) in self._utm.rows():
-                    vm.name = name
-                    return
-                if reply.outcome is Outcome.FAILED:
-                    break
-            raise KodeError(f"UTM did not rename {vm.name} to {name}: {reply.sentence}",
-                            "Rename it in UTM, or run the same command again.")
-
-
 class Sealer:
-    """Makes a machine fit for an image, from inside, through its guest agent; what was cut off, the next run ends."""
+    """Turns a machine into the source of an image, from inside, through its guest agent.
+
+    A run that was interrupted is completed by the next one.
+    """
 
     def __init__(self, manager: Manager, vm: VM, user: str, key: str) -> None:
-        self._manager, self._notes, self.vm = manager, manager.utm.notes, vm
-        self.user, self._key = user, key
+        self._manager, self._notes = manager, manager.utm.notes
+        self.vm, self.user, self._key = vm, user, key
 
     def wake(self, limit: float) -> None:
-        """Starts the machine if it is off, and waits for its guest agent, each within `limit` seconds."""
-        manager, vm = self._manager, self.vm
+        """Starts the machine if it is off, and waits for its guest agent, at most `limit` seconds for each."""
+        vm = self.vm
         if vm.power is not Power.STARTED:
-            record = manager.record_of(vm.uuid)
             self._notes.step(f"starting {vm.name}")
-            vm.power_on(limit, hide=manager.settings.headless,
-                        before_cold=lambda: manager.before_cold_start(vm, record, Wishes()))
+            vm.power_on(limit, before_cold=lambda: self._manager.before_cold_start(vm, memory=None, cpus=None))
         self._notes.step(f"waiting for the guest agent of {vm.name}")
-        vm.await_agent(limit)
+        vm.wait_for_agent(limit)
 
     def ask(self, mode: str, *, sudo: bool = False) -> list[Step]:
-        """What SEAL says in that mode. Raises KodeError if it did not come to its end."""
-        words = ["/bin/sh", "-c", SEAL, "kodemachine", mode, self.user, self._key, "yes" * sudo]
+        """The steps that SEAL reports in that mode: check, apply or prove.
+
+        Raises KodeError if the script did not reach its end, TimedOut after SEAL_LIMIT seconds.
+        """
+        may_become_root = "yes" if sudo else ""
+        words = ["/bin/sh", "-c", SEAL, "kodemachine", mode, self.user, self._key, may_become_root]
         _, out, err = self.vm.run(words, limit=SEAL_LIMIT)
         text = out.decode("utf-8", "replace")
         steps = [Step(*found) for found in re.findall(r"^step (\S+) (\S+) ?(.*)$", text, re.MULTILINE)]
         if not text.endswith("end\n"):
-            where = f" after its step {steps[-1].name}" if steps else ""
-            last = err.decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise KodeError(f"sealing {self.vm.name} broke off{where}: {(last or ['without a word'])[0]}",
-                            "Run the same command again: it goes on where this one ended.")
+            raise self._incomplete(steps, err)
         return steps
 
+    def _incomplete(self, steps: Sequence[Step], err: bytes) -> KodeError:
+        where = f" after step {steps[-1].name}" if steps else ""
+        lines = err.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else "the guest reported no error"
+        return KodeError(f"sealing {self.vm.name} was interrupted{where}: {reason}", RUN_AGAIN)
+
     def must(self, steps: Sequence[Step]) -> Sequence[Step]:
-        """The steps, unless one of them is bad: raises KodeError with its name."""
-        wrong = [f"{step.name} ({step.detail})" for step in steps if step.status == "bad"]
-        if wrong:
-            raise KodeError(f"{self.vm.name} cannot be sealed: {', '.join(wrong)}",
-                            "Mend that in the machine, then run the same command again.")
+        """The steps. Raises KodeError with the names of the bad ones, if there are any."""
+        bad = [f"{step.name} ({step.detail})" for step in steps if step.status == "bad"]
+        if bad:
+            raise KodeError(f"{self.vm.name} cannot be sealed: {', '.join(bad)}",
+                            "Fix that in the machine and run the command again.")
         return steps
 
     def apply(self, *, sudo: bool = False) -> Sequence[Step]:
-        """Does every step, proves them, and powers the machine off."""
-        Images(self._manager).forget_guest(self.vm)     # before its keys go: there is nothing of it to trust any more
+        """Does every step, proves that each had its effect, and powers the machine off. Raises KodeError."""
+        self._forget_guest()
         self._notes.step(f"sealing {self.vm.name}")
         steps = self.must(self.ask("apply", sudo=sudo))
         self.must(self.ask("prove"))
         self.power_off()
         return steps
 
+    def _forget_guest(self) -> None:
+        """Drops the guest's identity. This comes before the guest loses it: an interrupted run must leave no key."""
+        self.vm.remember(is_named=False, machine_id="")
+        self._manager.state.pin(self.vm.name, [])
+
     def power_off(self) -> None:
-        """Asks the guest to power off, and waits until it is."""
+        """Asks the guest to power off, and waits until it has. Raises TimedOut."""
         self._notes.step(f"stopping {self.vm.name}")
         self.vm.ask_to_stop(self._manager.settings.stop_timeout)
 
 
+QCOW2_HEADER = 104      # bytes
+
+
+def divide_up(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // divisor)
+
+
 class Qcow2(NamedTuple):
-    """What the header of a qcow2 image tells; sizes in bytes, `l1_size` in entries (QEMU, docs/interop/qcow2)."""
+    """The header of a qcow2 image; sizes in bytes, `l1_size` in entries (QEMU, docs/interop/qcow2)."""
 
     size: int
     cluster: int
     l1_size: int
     l1_offset: int
 
+    @property
+    def l1_room(self) -> int:
+        """The entries that fit in the clusters of the L1 table; 0 if it does not begin with a cluster."""
+        if self.l1_offset == 0 or self.l1_offset % self.cluster:
+            return 0
+        clusters = divide_up(self.l1_size * 8, self.cluster)
+        return clusters * self.cluster // 8
+
 
 def parse_qcow2(header: bytes) -> Qcow2:
-    """The header of an image that can be grown in place. Raises ValueError, which says what is unusual about it."""
+    """The header of an image that can be grown in place. Raises ValueError with the reason if it cannot."""
     import struct
 
-    if len(header) < 104 or header[:4] != b"QFI\xfb":
-        raise ValueError("it is no qcow2 image")
-    version, backing, _, bits, size, crypt, l1_size, l1_offset, _, _, snapshots = \
-        struct.unpack_from(">IQIIQIIQQII", header, 4)
-    incompatible, _, autoclear = struct.unpack_from(">QQQ", header, 72) if version == 3 else (0, 0, 0)
-    unusual = {
-        f"it is of version {version}": version not in (2, 3), "it has a backing file": backing,
-        "it is encrypted": crypt, "it has snapshots": snapshots, "it was not closed properly": incompatible & 0b11,
-        "its data is in another file": incompatible & 0b100,
-        "it uses features of a newer format": incompatible & ~0b1111,   # 0b1000: only how clusters are compressed
-        "it has bitmaps or the like": autoclear, "its clusters have a strange size": not 9 <= bits <= 21,
+    if len(header) < QCOW2_HEADER or header[:4] != b"QFI\xfb":
+        raise ValueError("it is not a qcow2 image")
+    fields = struct.unpack_from(">IQIIQIIQQII", header, 4)
+    version, backing_file, _, cluster_bits, size, encryption, l1_size, l1_offset, _, _, snapshots = fields
+    incompatible, autoclear = 0, 0
+    if version == 3:
+        incompatible, _, autoclear = struct.unpack_from(">QQQ", header, 72)
+    # Bit 3 of the incompatible features only says how clusters are compressed.
+    problems = {
+        f"its format has version {version}": version not in (2, 3),
+        "it has a backing file": backing_file != 0,
+        "it is encrypted": encryption != 0,
+        "it has snapshots": snapshots != 0,
+        "it was not closed properly": bool(incompatible & 0b11),
+        "its data is in another file": bool(incompatible & 0b100),
+        "it uses features of a newer format": bool(incompatible & ~0b1111),
+        "it has bitmaps or similar additions": autoclear != 0,
+        f"its cluster size of 2^{cluster_bits} bytes is not valid": not 9 <= cluster_bits <= 21,
     }
-    for what, here in unusual.items():
-        if here:
-            raise ValueError(what)
-    return Qcow2(size, 1 << bits, l1_size, l1_offset)
+    for problem, is_present in problems.items():
+        if is_present:
+            raise ValueError(problem)
+    return Qcow2(size, 1 << cluster_bits, l1_size, l1_offset)
 
 
 def grow_qcow2(path: str, size: int) -> None:
-    """Makes the virtual disk of an image `size` bytes large, in place; what is added reads as zeros.
+    """Makes the virtual disk of an image `size` bytes large, in place. The new part reads as zeros.
 
-    The L1 table has an entry for each cluster of 8-byte entries that each stand for a cluster. Its own clusters belong
-    to it as a whole, so it can grow up to their end: with clusters of 64 KiB, for a disk of 4 TiB.
-    Raises ValueError if that is not enough, or the image is unusual.
+    An entry of the L1 table has 8 bytes and maps one cluster of such entries, which map one cluster of the disk each.
+    The table owns whole clusters, so it can grow to the end of its last one: with clusters of 64 KiB, for a disk of
+    4 TiB. Raises ValueError if that is not enough or the image cannot be grown, and OSError.
     """
     import struct
 
     with open(path, "r+b") as file:
-        old = parse_qcow2(file.read(104))
-        entries = -(-size // (old.cluster * old.cluster // 8))
-        room = -(-old.l1_size * 8 // old.cluster) * old.cluster // 8
-        if size < old.size:
-            raise ValueError(f"its disk has {size_text(old.size)} already")
-        if entries > room or old.l1_offset % old.cluster or not old.l1_offset:
-            raise ValueError(f"its clusters of {size_text(old.cluster)} are too small for that")
-        if entries > old.l1_size:
-            file.seek(old.l1_offset + old.l1_size * 8)
-            file.write(bytes((entries - old.l1_size) * 8))
-            file.flush()
-            os.fsync(file.fileno())
-        file.seek(24)               # size, crypt method and l1_size lie together: one write changes both
-        file.write(struct.pack(">QII", size, 0, max(entries, old.l1_size)))
+        image = parse_qcow2(file.read(QCOW2_HEADER))
+        if size < image.size:
+            raise ValueError(f"its disk already has {size_text(image.size)}")
+        bytes_per_entry = image.cluster * image.cluster // 8
+        entries = max(image.l1_size, divide_up(size, bytes_per_entry))
+        if entries > image.l1_room:
+            raise ValueError(f"its clusters of {size_text(image.cluster)} are too small for that")
+        # The new entries must be on disk before the header counts them.
+        file.seek(image.l1_offset + image.l1_size * 8)
+        file.write(bytes((entries - image.l1_size) * 8))
+        file.flush()
+        os.fsync(file.fileno())
+        # Size, encryption and number of entries are neighbours: one write changes them.
+        file.seek(24)
+        file.write(struct.pack(">QII", size, 0, entries))
+
+
+# Seconds for short runs of other programs.
+TOOL_LIMIT = 120.0
+# Seconds for a download. curl ends one that makes no progress.
+DOWNLOAD_LIMIT = 14400.0
+CURL = ("-fsSL", "--connect-timeout", "30", "--speed-limit", "1000", "--speed-time", "60")
+# Exit statuses of curl: the server answered with an error; it cannot send a part of a file.
+CURL_HTTP_ERROR, CURL_NO_RANGE = 22, 33
+
+
+def output_of(reply: Reply) -> str:
+    """The output of a program other than UTM's. Raises KodeError with the last line of its errors if it failed."""
+    if reply.outcome is not Outcome.DONE:
+        problem = reply.sentence or f"{reply.verb} ended with {reply.code} ({reply.outcome.value})"
+        raise KodeError(problem, RUN_AGAIN)
+    return reply.out
+
+
+class Downloads:
+    """The folder of downloaded images. Each is checked against the SHA256SUMS file beside it on the server.
+
+    Callers hold the lock of the folder.
+    """
+
+    def __init__(self, utm: Utmctl, folder: str) -> None:
+        self._utm, self._notes, self._folder = utm, utm.notes, folder
+
+    def get(self, url: str) -> str:
+        """The path of the file at a URL, downloaded unless the folder has it already. Raises KodeError."""
+        folder, _, name = url.rpartition("/")
+        sums = f"{folder}/SHA256SUMS"
+        published = self._published_digest(sums, name)
+        target = os.path.join(self._folder, re.sub(r"[^\w.-]", "-", name))
+        part = target + ".part"
+        if self._digest(target) == published:
+            return target
+        if self._digest(part) != published:
+            self._download(url, part)
+        if self._digest(part) != published:
+            with explained(part):
+                os.unlink(part)
+            raise KodeError(f"{name} does not have the checksum in {sums}, and was removed",
+                            "The file may have been replaced on the server just now: run the same command again.")
+        with explained(part):
+            os.replace(part, target)
+        return target
+
+    def _published_digest(self, sums: str, name: str) -> str:
+        hint = "Download and check the image yourself, then name the file: --image FILE"
+        reply = self._utm.call("curl", *CURL, "--url", sums, limit=TOOL_LIMIT)
+        if reply.code == CURL_HTTP_ERROR and "404" in reply.err:
+            raise KodeError(f"there is no {sums}", hint)
+        match = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", output_of(reply), re.MULTILINE)
+        if not match:
+            raise KodeError(f"{sums} does not list {name}", hint)
+        return match.group(1)
+
+    def _download(self, url: str, part: str) -> None:
+        """Downloads to `part`. If the file has a beginning already and the server allows it, only the rest."""
+        self._notes.step(f"downloading {url}")
+        has_beginning = os.path.exists(part)
+        reply = self._run_curl(url, part)
+        if has_beginning and reply.code in (CURL_HTTP_ERROR, CURL_NO_RANGE):
+            with explained(part):
+                os.unlink(part)
+            reply = self._run_curl(url, part)
+        output_of(reply)
+
+    def _run_curl(self, url: str, part: str) -> Reply:
+        call = self._utm.begin("curl", *CURL, "-C", "-", "-o", part, "--url", url, limit=DOWNLOAD_LIMIT)
+        while True:
+            reply = self._utm.finish(call, 0.5)
+            if reply:
+                return reply
+            with contextlib.suppress(OSError):
+                self._notes.progress(size_text(os.path.getsize(part)))
+
+    def _digest(self, path: str) -> str | None:
+        """The SHA-256 of a file; None if there is none."""
+        import hashlib
+
+        digest = hashlib.sha256()
+        if not os.path.exists(path):
+            return None
+        with explained(path), open(path, "rb") as file:
+            while True:
+                data = file.read(1 << 20)
+                if not data:
+                    return digest.hexdigest()
+                digest.update(data)
+                self._notes.tick()
+
+
+def read_qcow2(path: str) -> Qcow2:
+    """The header of the image in a file. Raises ValueError if it cannot be grown in place, and OSError."""
+    # Opening a named pipe would block.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(path, "rb") as file:
+        return parse_qcow2(file.read(QCOW2_HEADER))
+
+
+def seed_files(image: str, user: str, key: str) -> dict[str, str]:
+    """The files of cloud-init's NoCloud seed, by name: JSON, which is YAML too and quotes what must be quoted.
+
+    The network's profile has neither a MAC address nor the name of a card. It sets no DHCP identifier either: the
+    default follows the machine-id, which sealing removes.
+    """
+    meta_data = {"instance-id": image, "local-hostname": "kodeimage"}
+    network_config = {"version": 2, "ethernets": {"any": {"match": {"name": "e*"}, "dhcp4": True}}}
+    user_data = {
+        "users": [{
+            "name": user,
+            "shell": "/bin/bash",
+            "sudo": "ALL=(ALL) NOPASSWD:ALL",
+            "lock_passwd": True,
+            "ssh_authorized_keys": [key],
+        }],
+        "ssh_pwauth": False,
+        "runcmd": [["sh", "-c", INSTALL_AGENT]],
+    }
+    return {
+        "meta-data": json.dumps(meta_data) + "\n",
+        "network-config": json.dumps(network_config) + "\n",
+        "user-data": "#cloud-config\n" + json.dumps(user_data) + "\n",
+    }
+
+
+UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
+# The names of UTM's architectures in the file names of cloud images.
+CLOUD_NAMES = {"aarch64": "arm64", "x86_64": "amd64"}
+# Seconds for a new machine's first boot, and then for cloud-init, which may install the guest agent.
+CREATE_LIMIT = 900.0
 
 
 class Plan(NamedTuple):
-    """What `base create` is asked for; `disk` in bytes, `memory` in MiB, `image` a URL or a path, None: Ubuntu's."""
+    """The parameters of `base create`; `disk` in bytes, `memory` in MiB, `image` a URL or a path (None: Ubuntu's)."""
 
     name: str
     image: str | None
@@ -3588,268 +4296,219 @@ class Plan(NamedTuple):
 
 
 class Creator:
-    """From a distribution's cloud image to a golden image. Each step leaves behind what the next run goes on from.
+    """Makes a golden image from a distribution's cloud image. Each step leaves what the next run continues from.
 
-    The machine has a temporary name, and `making` in its record, until all is done.
+    Until the end the machine has a temporary name, and `making` in its record.
     """
 
     def __init__(self, manager: Manager, cache: str, plan: Plan) -> None:
-        self._manager, self._utm, self._notes, self._plan = manager, manager.utm, manager.utm.notes, plan
-        self._images, self._cache = Images(manager), cache
+        self._manager, self._utm, self._notes = manager, manager.utm, manager.utm.notes
+        self._cache, self._plan = cache, plan
         self._working_name = UNFINISHED + plan.name
 
     def create(self) -> VM:
-        """Makes the image, or goes on where an earlier run ended. Raises WrongState if a machine bears its name."""
+        """Makes the image, or completes an earlier run's. Raises WrongState if another machine has its name."""
         with self._manager.state.lock(self._plan.name, self._manager.settings.lock_limit):
             make_folder(self._cache)
-            row = self._begun()
-            if row is None:
-                with self._step("getting the disk"):
-                    disk = self._disk()
-                with self._step("writing the seed"):
-                    seed = self._seed()
-                with self._step("making the machine"):
-                    row = self._images.make(self._working_name, self._architecture(), str(self._plan.cpus),
-                                             str(self._plan.memory), disk, seed)
-            vm = VM(self._utm, row)
-            if row.name != self._plan.name:
-                if not (self._manager.record_of(vm.uuid).get("sealed") and vm.power is Power.STOPPED):
-                    self._install(vm)
-                with self._step("detaching the seed"):
-                    self._detach(vm)
-                with self._step("giving it its name"):
-                    self._notes.step(f"calling {vm.name} {self._plan.name}")
-                    self._images.rename(vm, self._plan.name)
+            vm = self._begun() or self._make()
+            if vm.name != self._plan.name:
+                self._complete(vm)
             return vm
 
     def done(self, vm: VM) -> None:
-        """Forgets that the machine was being made, and drops the files that were only needed for that."""
-        self._manager.state.record(vm.uuid, name=self._plan.name, making=None, sealed=None, new=None)
-        Intent(self._manager.state, self._working_name).remove()        # a run that was cut off may have left it
-        for ending in (".qcow2", ".iso"):
+        """Records that the machine is complete, and deletes the files that were only needed to make it."""
+        vm.remember(name=self._plan.name, making="", never_started=False)
+        # A run that was killed may have left it.
+        Order(self._manager.state, self._working_name).remove()
+        for path in (self._disk_path, self._seed_path):
             with contextlib.suppress(OSError):
-                os.unlink(self._path(ending))
-        shutil.rmtree(self._path(".seed"), ignore_errors=True)
+                os.unlink(path)
+        shutil.rmtree(self._seed_folder, ignore_errors=True)
 
-    def _path(self, ending: str) -> str:
-        return os.path.join(self._cache, self._plan.name + ending)
+    @property
+    def _disk_path(self) -> str:
+        return os.path.join(self._cache, self._plan.name + ".qcow2")
+
+    @property
+    def _seed_path(self) -> str:
+        return os.path.join(self._cache, self._plan.name + ".iso")
+
+    @property
+    def _seed_folder(self) -> str:
+        return os.path.join(self._cache, self._plan.name + ".seed")
 
     @contextlib.contextmanager
-    def _step(self, what: str) -> Iterator[None]:
-        """Names the step in whatever fails in it."""
+    def _step(self, name: str) -> Iterator[None]:
+        """Adds the name of the step to a failure of the block."""
         try:
             yield
         except KodeError as failure:
-            failure.message = f"{what}: {failure.message}"
-            failure.hint = (failure.hint + " Run the same command again: it goes on from there.").strip()
+            failure.message = f"{name}: {failure.message}"
+            failure.hint = f"{failure.hint} The next run continues with this step.".lstrip()
             raise
 
-    def _begun(self) -> Row | None:
-        """The machine that an earlier run began, None if there is none and the name is free."""
-        rows = self._utm.rows()
-        records = self._manager.state.records()
-        for row in rows:
-            if row.name in (self._working_name, self._plan.name) and records.get(row.uuid, {}).get("making"):
-                return row
-        Cloner.must_be_free(self._plan.name, rows)
-        made = self._images.made(self._working_name)
-        stray = next((row.uuid for row in rows if row.name == self._working_name), None)
-        if stray and not made:
-            raise WrongState(f"there is a machine {self._working_name} ({stray}) that kodemachine knows nothing of",
+    def _begun(self) -> VM | None:
+        """The machine that an earlier run began; None if there is none and both names are free."""
+        manager = self._manager
+        fleet = manager.fleet()
+        for machine in fleet.named(self._plan.name) + fleet.named(self._working_name):
+            if machine.record.making:
+                return manager.vm(machine)
+        Maker.must_be_free(self._plan.name, fleet.rows)
+        with manager.fleet_lock():
+            made = manager.maker.resume(self._working_name)
+        if made:
+            return manager.vm_of(made)
+        unknown = fleet.named(self._working_name)
+        if unknown:
+            raise WrongState(f"kodemachine has no record of the machine {unknown[0].name} ({unknown[0].uuid})",
                              "Delete it in UTM, then run the same command again.")
-        return made
+        return None
 
-    # -- the disk
+    def _make(self) -> VM:
+        """A new machine with the disk and the seed."""
+        architecture = self._architecture()
+        with self._step("getting the disk"):
+            disk = self._disk(architecture)
+        with self._step("writing the seed"):
+            seed = self._seed()
+        with self._step("making the machine"), self._manager.fleet_lock():
+            words = (architecture, str(self._plan.cpus), str(self._plan.memory), disk, seed)
+            row = self._manager.maker.make(self._working_name, self._utm.rows(), words)
+            return self._manager.vm_of(row)
 
-    def _run(self, program: str, *args: str) -> str:
-        """Runs a program to its end, and returns its output. Raises KodeError with its own last words."""
-        return self._must(program, self._utm.call(program, *args, limit=TOOL_LIMIT))
-
-    @staticmethod
-    def _must(program: str, reply: Reply) -> str:
-        if reply.outcome is not Outcome.DONE:
-            raise KodeError(reply.sentence or f"{program} ended with {reply.code} ({reply.outcome.value})",
-                            "Mend that.")
-        return reply.out
+    def _complete(self, vm: VM) -> None:
+        """Boots and seals the machine if that is still to be done, and gives it its name."""
+        is_sealed = vm.record.making == "sealed" and vm.power is Power.STOPPED
+        if not is_sealed:
+            self._install(vm)
+        with self._step("detaching the seed"):
+            self._detach_seed(vm)
+        with self._step("renaming the machine"):
+            self._rename(vm)
 
     def _architecture(self) -> str:
-        """As UTM calls it: a Python under Rosetta would say x86_64 on a Mac that is arm64."""
+        """The Mac's architecture, as UTM names it."""
         system = os.uname()
-        arm = self._utm.call("sysctl", "-n", "hw.optional.arm64", limit=TOOL_LIMIT).out.strip() == "1" \
-            if system.sysname == "Darwin" else system.machine in ("arm64", "aarch64")
-        return "aarch64" if arm else "x86_64"
+        is_arm = system.machine in ("arm64", "aarch64")
+        if system.sysname == "Darwin":
+            # Under Rosetta, Python reports x86_64 on an ARM Mac.
+            reply = self._utm.call("sysctl", "-n", "hw.optional.arm64", limit=TOOL_LIMIT)
+            is_arm = reply.out.strip() == "1"
+        if is_arm:
+            return "aarch64"
+        return "x86_64"
 
-    def _disk(self) -> str:
-        """A copy of the distribution's image, as large as the person wants it."""
-        kind = {"aarch64": "arm64", "x86_64": "amd64"}[self._architecture()]
-        image = self._plan.image or UBUNTU.format(kind)
-        source = os.path.abspath(os.path.expanduser(image))
-        if "://" in image:
-            with self._manager.state.lock("download", DOWNLOAD_LIMIT, what="the cache"):     # its files are everybody's
-                source = self._download(image)
-        target, beside = self._path(".qcow2"), self._path(".qcow2.part")
-        self._notes.step(f"growing the disk to {size_text(self._plan.disk)}")
+    def _disk(self, architecture: str) -> str:
+        """The path of a copy of the distribution's image, with a virtual disk of the plan's size."""
+        source = self._source(self._plan.image or UBUNTU.format(CLOUD_NAMES[architecture]))
+        size = size_text(self._plan.disk)
+        self._notes.step(f"growing the disk to {size}")
         try:
-            shutil.copyfile(source, beside)
-            with open(beside, "rb") as file:
-                size = parse_qcow2(file.read(104)).size
-            if shutil.which("qemu-img") and self._plan.disk > size:
-                self._run("qemu-img", "resize", "-q", "-f", "qcow2", beside, str(self._plan.disk))
-            else:
-                grow_qcow2(beside, self._plan.disk)
-            os.replace(beside, target)
-        except OSError as failure:
-            where = beside if failure.errno == errno.ENOSPC else failure.filename or beside
-            raise KodeError(f"{where}: {failure.strerror or failure}", "Mend that.") from None
+            self._copy_and_grow(source)
         except ValueError as failure:
-            raise KodeError(f"the disk of {source} cannot be made {size_text(self._plan.disk)} large: {failure}",
-                            "Choose another --disk or --image, or install qemu-img (brew install qemu).") from None
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(beside)
-        return target
+            raise KodeError(f"{source} cannot be grown to {size}: {failure}",
+                            "Choose another --disk or --image.") from None
+        return self._disk_path
 
-    def _download(self, url: str) -> str:
-        """The file at a URL, from the cache or by curl, checked against the SHA256SUMS beside it."""
-        folder, _, name = url.rpartition("/")
-        target = os.path.join(self._cache, re.sub(r"[^\w.-]", "-", name))
-        part = target + ".part"
-        reply = self._utm.call("curl", *CURL, "--url", f"{folder}/SHA256SUMS", limit=TOOL_LIMIT)
-        missing = reply.code == 22 and "404" in reply.err       # curl's 22: the server's answer is an error
-        sums = "" if missing else self._must("curl", reply)
-        found = re.search(rf"^([0-9a-f]{{64}}) [ *]{re.escape(name)}$", sums, re.MULTILINE)
-        if not found:
-            raise KodeError(f"there is no {folder}/SHA256SUMS" if missing else
-                            f"{folder}/SHA256SUMS does not list {name}",
-                            "Download and check it yourself, then name the file: --image FILE")
-        if self._digest(target) == found[1]:
-            return target
-        if self._digest(part) != found[1]:
-            self._fetch(url, part)
-            if self._digest(part) != found[1]:
-                os.unlink(part)
-                raise KodeError(f"{name} is not what {folder}/SHA256SUMS promises, and was removed",
-                                "It may have been replaced there just now: run the same command again.")
-        os.replace(part, target)
-        return target
+    def _source(self, image: str) -> str:
+        """The path of the distribution's image, which is downloaded if it is a URL."""
+        if "://" not in image:
+            return os.path.abspath(os.path.expanduser(image))
+        # All images share the downloads.
+        with self._manager.state.lock("download", DOWNLOAD_LIMIT, what="the cache"):
+            return Downloads(self._utm, self._cache).get(image)
 
-    def _fetch(self, url: str, part: str) -> None:
-        """Downloads to `part`, after what is in it already if the server can do that."""
-        self._notes.step(f"downloading {url}")
-        for resumes in (os.path.exists(part), False):
-            call = self._utm.begin("curl", *CURL, "-C", "-", "-o", part, "--url", url, limit=DOWNLOAD_LIMIT)
-            reply = self._utm.finish(call, 0.5)
-            while reply is None:
-                with contextlib.suppress(OSError):
-                    self._notes.progress(size_text(os.path.getsize(part)))
-                reply = self._utm.finish(call, 0.5)
-            if not (resumes and reply.code in (22, 33)):        # the server refuses the range, or knows of none
-                break
-            os.unlink(part)
-        assert reply
-        self._must("curl", reply)
-
-    def _digest(self, path: str) -> str | None:
-        """The SHA-256 of a file, None if there is none."""
-        import hashlib
-
-        found = hashlib.sha256()
+    def _copy_and_grow(self, source: str) -> None:
+        """Raises KodeError, or ValueError if the image cannot be grown."""
+        part = self._disk_path + ".part"
+        with explained(source):
+            read_qcow2(source)
         try:
-            with open(path, "rb") as file:
-                while True:
-                    data = file.read(1 << 20)
-                    if not data:
-                        return found.hexdigest()
-                    found.update(data)
-                    self._notes.tick()
-        except FileNotFoundError:
-            return None
-
-    # -- the seed
+            with explained(part):
+                shutil.copyfile(source, part)
+                grow_qcow2(part, self._plan.disk)
+                os.replace(part, self._disk_path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
     def _seed(self) -> str:
-        """An ISO image with what cloud-init's NoCloud takes: JSON, which is YAML too and quotes what needs it.
-
-        The network's profile names neither a MAC address nor a card. Nor a DHCP identifier: what is sent by default
-        follows the machine-id, which sealing takes away.
-        """
-        user = {"name": self._plan.user, "shell": "/bin/bash", "sudo": "ALL=(ALL) NOPASSWD:ALL", "lock_passwd": True,
-                "ssh_authorized_keys": [self._plan.key]}
-        files = {
-            "meta-data": {"instance-id": self._plan.name, "local-hostname": "kodeimage"},
-            "network-config": {"version": 2, "ethernets": {"any": {"match": {"name": "e*"}, "dhcp4": True}}},
-            "user-data": {"users": [user], "ssh_pwauth": False, "runcmd": [["sh", "-c", INSTALL_AGENT]]},
-        }
-        folder, target = self._path(".seed"), self._path(".iso")
-        for name, content in files.items():
-            text = "#cloud-config\n" * (name == "user-data") + json.dumps(content) + "\n"
-            write_file(os.path.join(folder, name), text)
-        program = next(filter(shutil.which, ("hdiutil", "xorriso", "genisoimage")), None)
-        if program is None:
-            raise KodeError("there is no program that makes an ISO image", "Install xorriso.")
-        if program == "hdiutil":
-            words = ["makehybrid", "-quiet", "-ov", "-iso", "-joliet", "-default-volume-name", "cidata", "-o", target]
-        else:
-            words = [*["-as", "mkisofs"] * (program == "xorriso"), "-quiet", "-V", "cidata", "-J", "-r", "-o", target]
-        self._run(program, *words, folder)
-        return target
-
-    # -- the machine
+        """The path of an ISO image with the seed for cloud-init."""
+        for name, text in seed_files(self._plan.name, self._plan.user, self._plan.key).items():
+            write_file(os.path.join(self._seed_folder, name), text)
+        options = ("-quiet", "-ov", "-iso", "-joliet", "-default-volume-name", "cidata")
+        output_of(self._utm.call("hdiutil", "makehybrid", *options, "-o", self._seed_path, self._seed_folder,
+                                 limit=TOOL_LIMIT))
+        return self._seed_path
 
     def _install(self, vm: VM) -> None:
-        """Boots it for the first time, lets cloud-init do its work, and seals it."""
+        """Boots the machine for the first time, waits until cloud-init has set it up, and seals it."""
         sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
-        anew = f"To begin anew, delete {vm.name} in UTM."
         with self._step("booting it for the first time"):
             sealer.wake(CREATE_LIMIT)
         with self._step("waiting for cloud-init"):
-            self._notes.step(f"waiting for cloud-init in {vm.name}")
-            code, out, err = vm.run(["/bin/sh", "-c", CLOUD_INIT], limit=CREATE_LIMIT)
-            status, _, result = (out + err).decode("utf-8", "replace").partition("{")
-            status = " ".join(status.lstrip(".").split())[:300]
-            if "DataSourceNone" in result:
-                raise KodeError(f"cloud-init has not found its seed in {vm.name}, or cannot read an ISO image", anew)
-            if code == 2:
-                self._notes.warn(f"cloud-init did its work, but is not content: {status}")
-            elif code:
-                raise KodeError(f"cloud-init failed: {status}", f"See /var/log/cloud-init-output.log there. {anew}")
+            self._wait_for_cloud_init(vm)
         with self._step("sealing"):
             sealer.apply()
-        self._manager.state.record(vm.uuid, sealed=True)
+        vm.remember(making="sealed")
 
-    def _detach(self, vm: VM) -> None:
-        """Leaves the machine its disk alone, and proves it."""
-        for _ in attempts(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
-            reply = self._utm.insist(self._utm.script(DETACH, vm.uuid))
-            count, disk_before, disk = (reply.out.split() + ["", "", ""])[:3]
-            if reply.outcome is Outcome.DONE and count == "1" and disk == disk_before:
+    def _wait_for_cloud_init(self, vm: VM) -> None:
+        self._notes.step(f"waiting for cloud-init in {vm.name}")
+        code, out, err = vm.run(["/bin/sh", "-c", CLOUD_INIT], limit=CREATE_LIMIT)
+        # A line of dots, the status in words, and then the file result.json.
+        text, _, result = (out + err).decode("utf-8", "replace").partition("{")
+        status = " ".join(text.lstrip(".").split())[:300]
+        start_over = f"To start over, delete {vm.name} in UTM."
+        if "DataSourceNone" in result:
+            raise KodeError(f"cloud-init did not find its seed in {vm.name}, or the guest cannot read an ISO image",
+                            start_over)
+        if code == 2:
+            self._notes.warn(f"cloud-init finished with warnings: {status}")
+        elif code:
+            raise KodeError(f"cloud-init failed: {status}",
+                            f"See /var/log/cloud-init-output.log in the machine. {start_over}")
+
+    def _detach_seed(self, vm: VM) -> None:
+        """Removes every drive but the first, and returns when UTM shows that. Raises KodeError."""
+        for _ in poll(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+            reply = self._utm.raise_for_refusal(self._utm.script(DETACH, vm.uuid))
+            # The answer: the number of drives, and the identifier of the first one before and after.
+            if reply.outcome is Outcome.DONE and re.fullmatch(r"1 (\S+) \1\s*", reply.out):
                 return
-            if reply.outcome is Outcome.FAILED or (reply.outcome is Outcome.DONE and count):
+            # An empty answer says nothing.
+            if reply.outcome is Outcome.FAILED or (reply.outcome is Outcome.DONE and reply.out.strip()):
                 break
-        problem = reply.sentence or f"it has {count or 'no'} drives"
+        count = reply.out.partition(" ")[0] or "no"
+        problem = reply.sentence or f"it has {count} drives"
         raise KodeError(f"UTM did not remove the seed from {vm.name}: {problem}",
-                        "Look at it in UTM's window, then run the same command again.")
+                        "Check its drives in UTM, then run the same command again.")
 
-
+    def _rename(self, vm: VM) -> None:
+        """Gives the machine the image's name, and returns when a clean list shows it. Raises KodeError."""
+        name = self._plan.name
+        self._notes.step(f"renaming {vm.name} to {name}")
+        with self._manager.fleet_lock():
+            Maker.must_be_free(name, self._utm.rows())
+            for _ in poll(UNIQUE_LIMIT, self._notes.tick, 0.3, 3.0):
+                reply = self._utm.raise_for_refusal(vm.configure(name=name))
+                if Row(vm.uuid, Power.STOPPED, name) in self._utm.rows():
+                    vm.name = name
+                    return
+                if reply.outcome is Outcome.FAILED:
+                    break
+        raise KodeError(f"UTM did not rename {vm.name} to {name}: {reply.sentence}",
+                        "Rename it in UTM, then run the same command again.")
 # ---- doctor
-
 
 OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
 
-# Versions of UTM, from and to, and what each lacks (contract: version landmarks, 7, 9.20, 9.23). From 5.0.9 on utmctl
-# has no `attach`; kodemachine uses neither that nor `utmctl exec`, which does not wait before 5.0.9.
-NEWEST_KNOWN = (5, 0, 9)
-VERSIONS = (
-    ((0,), (4, 6, 4), ERROR, "is too old; kodemachine needs 4.6.5 or newer"),
-    ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its network address is changed"),
-    ((4, 7, 1), (4, 7, 1), OK, "has no setting that gives clones MAC addresses of their own; kodemachine does that"),
-    ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
-)
-UPDATE = "Update UTM: brew upgrade --cask utm, or in the App Store"
+# One result of a check: its level, message and remedy.
+Result = tuple[str, str, str]
 
 
 class Finding(NamedTuple):
-    """What one check has found: the keys of `doctor --json`, in this order. `remedy`: what to do, if anything."""
+    """One result, with the name of its check. The fields are the keys of `doctor --json`, in this order."""
 
     check: str
     level: str
@@ -3857,337 +4516,493 @@ class Finding(NamedTuple):
     remedy: str
 
 
-Words = tuple[str, str, str]        # of a finding: its level, message and remedy
+class Check(NamedTuple):
+    """One check. `needs`: the checks that must work before it. `passed`: its message if `run` yields no result."""
+
+    name: str
+    needs: Sequence[str]
+    passed: str
+    run: Callable[[Doctor], Iterable[Result]]
+
+
+# All checks, in the order of the methods of Doctor: a cause comes before its consequences.
+CHECKS: list[Check] = []
+
+
+def doctor_check(name: str, needs: str = "", passed: str = "") -> \
+        Callable[[Callable[[Doctor], Iterable[Result]]], Callable[[Doctor], Iterable[Result]]]:
+    """Adds a method of Doctor to the table of checks. `needs`: names of earlier checks, separated by spaces."""
+    def add(run: Callable[[Doctor], Iterable[Result]]) -> Callable[[Doctor], Iterable[Result]]:
+        CHECKS.append(Check(name, needs.split(), passed, run))
+        return run
+    return add
+
+
+# Versions of UTM, from and to, and the trouble with each (contract: version landmarks, 7, 9.20, 9.23).
+# `utmctl attach` and `exec` differ between versions, too, but kodemachine uses neither.
+VERSIONS = (
+    ((0,), (4, 6, 4), ERROR, "is too old; kodemachine needs 4.6.5 or newer"),
+    ((4, 6, 5), (4, 7, 0), WARNING, "replaces a machine's displays whenever its MAC address is changed"),
+    ((4, 7, 1), (4, 7, 1), OK, "has no setting that gives clones their own MAC addresses; kodemachine does that"),
+    ((4, 7, 2), (4, 7, 2), ERROR, "has broken scripting"),
+)
+NEWEST_KNOWN = (5, 0, 9)
+
+
+def judge_version(version: str) -> Result:
+    """The result for a version of UTM, such as "5.0.9"; empty if it is unknown."""
+    update = "Update UTM: brew upgrade --cask utm, or in the App Store"
+    number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
+    if not number:
+        return WARNING, "UTM does not report its version: it is older than 4.7.2, or does not answer", update
+    for first, last, level, trouble in VERSIONS:
+        if first <= number <= last:
+            remedy = "" if level == OK else update
+            return level, f"UTM {version} {trouble}", remedy
+    if number > NEWEST_KNOWN:
+        newest = ".".join(map(str, NEWEST_KNOWN))
+        return OK, f"UTM {version} is newer than the newest one that this kodemachine knows ({newest})", ""
+    return OK, f"UTM {version}", ""
+
+
+def device_problems(image: str, devices: Sequence[str]) -> Iterator[Result]:
+    """Judges the lines that the script DEVICES printed for an image."""
+    if "backend qemu" not in devices:
+        yield (ERROR, f"{image} does not use the QEMU backend, so it has no guest agent",
+               "Create the image again, without 'Use Apple Virtualization'.")
+    if "displays 0" not in devices or "serial window" in devices:
+        yield (WARNING, f"{image} is not headless: a window opens at each start, and closing it stops the machine",
+               "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
+    if "serial ptty" not in devices and "serial tcp" not in devices:
+        yield (WARNING, f"{image} has no serial port, so `kodemachine attach` cannot reach its clones",
+               "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
+
+
+def identity_problems(path: str) -> Iterator[Result]:
+    """Judges `identity_file`: the private key, or only the public key if an ssh agent has the private one."""
+    public = path.removesuffix(".pub") + ".pub"
+    is_public_only = path == public or not os.path.exists(path)
+    if is_public_only and os.path.exists(public):
+        yield OK, f"{public} exists; the ssh agent must have its private key", ""
+    elif not os.path.exists(path):
+        yield ERROR, f"identity_file {path} does not exist", f"ssh-keygen -t ed25519 -f {shlex.quote(path)}"
+    elif os.stat(path).st_mode & 0o077:
+        yield ERROR, f"ssh ignores {path}, because others may read it", f"chmod 600 {shlex.quote(path)}"
+
+
+def has_default_key() -> bool:
+    """Whether a key exists that ssh offers without any configuration (ssh_config(5), IdentityFile)."""
+    names = ("id_rsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519", "id_ed25519_sk")
+    folder = os.path.expanduser("~/.ssh")
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def sharers(values: dict[str, list[str]]) -> list[str]:
+    """The machines that have a value in common, as "a and b". `values` are given by machine."""
+    holders: dict[str, list[str]] = {}
+    for name, own in values.items():
+        for value in own:
+            holders.setdefault(value, []).append(name)
+    groups = [" and ".join(names) for names in holders.values() if len(names) > 1]
+    return list(dict.fromkeys(groups))
+
+
+# Seconds after which a temporary file is no longer being written.
+HALF_WRITTEN_AGE = 60.0
+
+
+def half_written_files(folder: str) -> Iterator[str]:
+    """The temporary files that interrupted runs have left in a folder."""
+    if not os.path.isdir(folder):
+        return
+    for entry in sorted(os.listdir(folder)):
+        path = os.path.join(folder, entry)
+        if not entry.endswith(".new"):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            age = time.time() - os.stat(path).st_mtime
+            if age > HALF_WRITTEN_AGE:
+                yield path
+
+
+# Free bytes below which the check `space` warns, or fails.
+SPACE_LOW, SPACE_OUT = 10 << 30, 1 << 30
 
 
 class Doctor:
-    """Looks at the host, UTM, the image and the fleet, in the order in which trouble bites, and changes nothing."""
+    """Checks the host, UTM, the image and the machines, and changes nothing."""
 
     def __init__(self, manager: Manager) -> None:
-        self._manager, self._utm, self._state = manager, manager.utm, manager.state
+        self._manager = manager
         self._settings = manager.settings
-        self._rows = Rows([])
-        self._silence: KodeError | None = None      # why UTM gave no list, if it was not for want of permission
-        self._image = Row("", Power.UNKNOWN, "")
+        self._utm = manager.utm
+        self._state = manager.state
+        # For each check that did not work: the failed check that is the cause.
+        self._failed: dict[str, str] = {}
+        self._fleet = Fleet(Rows([]), {}, manager.settings)
+        self._no_fleet: KodeError | None = None
+        self._image: Machine | None = None
         self._hardware: dict[str, Hardware] = {}
-        self._running: dict[str, list[str]] = {}    # names of the clones that run, by their likeliest address
+        # The running clones, by their likeliest address.
+        self._running: dict[str, list[Facts]] = {}
 
     def findings(self) -> Iterator[Finding]:
-        """One check after the other. What raises KodeError could not look, and what needs it is skipped."""
-        blind: dict[str, str] = {}      # what could not look, and the check that is the reason
-        for check, needs, well, look in CHECKS:
-            reason = next((blind[need] for need in needs.split() if need in blind), "")
-            if reason:
-                found = [Finding(check, SKIPPED, f"not checked, since {reason} failed", "")]
-                blind[check] = reason
-            else:
-                try:
-                    found = [Finding(check, *words) for words in look(self)]
-                except KodeError as failure:
-                    found = [Finding(check, ERROR, failure.message, failure.hint)]
-                    blind[check] = check
-                except OSError as failure:
-                    place = failure.filename or "the system"
-                    found = [Finding(check, ERROR, f"{place}: {failure.strerror}", "Mend that.")]
-                    blind[check] = check
-            yield from found or [Finding(check, OK, well, "")]
+        """Runs all checks. One that raises KodeError or OSError has failed, and those that need it are skipped."""
+        for check in CHECKS:
+            for result in self._results(check):
+                yield Finding(check.name, *result)
 
-    # -- the host and UTM
+    def _results(self, check: Check) -> list[Result]:
+        cause = next((self._failed[need] for need in check.needs if need in self._failed), "")
+        if cause:
+            self._failed[check.name] = cause
+            return [(SKIPPED, f"not checked, because {cause} failed", "")]
+        try:
+            return self._run(check) or [(OK, check.passed, "")]
+        except KodeError as failure:
+            self._failed[check.name] = check.name
+            return [(ERROR, failure.message, failure.hint)]
 
-    def _python(self) -> Iterable[Words]:
-        yield OK, f"Python {sys.version.split()[0]}, {sys.executable}", ""
+    def _run(self, check: Check) -> list[Result]:
+        try:
+            return list(check.run(self))
+        except OSError as failure:
+            place = failure.filename or "the system"
+            raise KodeError(f"{place}: {failure.strerror}", "Fix that, then run again: kodemachine doctor") from None
 
-    def _user(self) -> Iterable[Words]:
-        if os.uname().sysname == "Darwin" and os.geteuid() == 0:        # contract 9.2
-            yield ERROR, "this is root, whom UTM does not answer (-600)", "Run kodemachine without sudo."
+    @doctor_check("user", passed="not run as root")
+    def _user(self) -> Iterable[Result]:
+        """UTM does not answer Apple Events of root (contract 9.2)."""
+        is_mac = os.uname().sysname == "Darwin"
+        if is_mac and os.geteuid() == 0:
+            yield (ERROR, "kodemachine runs as root, and UTM does not answer root (-600)",
+                   "Run kodemachine without sudo.")
 
-    def _utmctl(self) -> Iterable[Words]:
+    @doctor_check("utmctl")
+    def _utmctl(self) -> Iterable[Result]:
         yield OK, self._utm.path(), ""
 
-    def _version(self) -> Iterable[Words]:
+    @doctor_check("version", needs="utmctl")
+    def _version(self) -> Iterable[Result]:
         version = self._utm.version()
         if not version:
-            reply = self._utm.call("version", limit=LIMITS["status"])
-            version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
-        number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
-        if not number:
-            return [(WARNING, "UTM does not report its version: it is older than 4.7.2, or does not answer", UPDATE)]
-        known = [(level, f"UTM {version} {trouble}", UPDATE if level != OK else "")
-                 for first, last, level, trouble in VERSIONS if first <= number <= last]
-        if number > NEWEST_KNOWN:
-            known = [(OK, f"UTM {version}, which is newer than this version of kodemachine knows (5.0.9)", "")]
-        return known or [(OK, f"UTM {version}", "")]
+            reply = self._utm.call("version")
+            if reply.outcome is Outcome.DONE:
+                version = reply.out.strip()
+        yield judge_version(version)
 
-    def _automation(self) -> Iterable[Words]:
+    @doctor_check("automation", needs="utmctl", passed="macOS lets this terminal control UTM")
+    def _automation(self) -> Iterable[Result]:
+        """Reads the machines, once for all checks. A failure other than NotPermitted is reported by the check `utm`."""
         try:
-            self._rows = self._utm.rows(partial=True)
+            self._fleet = self._manager.fleet(partial=True)
         except NotPermitted:
             raise
         except KodeError as failure:
-            self._silence = failure
-            yield SKIPPED, "not known, since UTM does not answer", ""
+            self._no_fleet = failure
+            yield SKIPPED, "unknown, because the list of machines cannot be read", ""
 
-    def _answer(self) -> Iterable[Words]:
-        if self._silence:
-            raise self._silence
-        if self._rows.broken:
-            yield ERROR, f"UTM's list has a row that cannot be read: {self._rows.broken!r}", LINE_BREAK
-        yield OK, f"it shows {len(self._rows)} machines, {len(self._manager.clones(self._rows))} of them clones", ""
+    @doctor_check("utm", needs="utmctl automation")
+    def _list(self) -> Iterable[Result]:
+        fleet = self._fleet
+        if self._no_fleet:
+            raise self._no_fleet
+        if fleet.broken:
+            yield ERROR, f"UTM's list has a row that cannot be read: {fleet.broken!r}", LINE_BREAK
+        yield OK, f"machines: {len(fleet.machines)}, clones: {len(fleet.clones)}", ""
 
-    def _osascript(self) -> Iterable[Words]:
-        for _ in attempts(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
-            reply = self._utm.script(HARDWARE)
-            self._hardware = parse_hardware(reply.out)
-            if reply.outcome is Outcome.DONE and (self._hardware or not self._rows):
-                return []
-            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
-                break
+    @doctor_check("osascript", needs="utm", passed="macOS lets osascript control UTM")
+    def _osascript(self) -> Iterable[Result]:
+        reply = self._read_hardware()
         if reply.outcome is Outcome.REFUSED:
             raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
                             NOT_ALLOWED)
-        raise KodeError(f"osascript learns nothing from UTM: {reply.sentence or reply.outcome.value}",
-                        "Look at UTM's window, then run this again.")
+        problem = ""
+        if reply.outcome is not Outcome.DONE:
+            problem = reply.sentence or reply.outcome.value
+        elif self._fleet.machines and not self._hardware:
+            problem = "its answer has no machine"
+        if problem:
+            raise KodeError(f"osascript cannot read UTM's machines: {problem}",
+                            "Check UTM's window, then run again: kodemachine doctor")
+        return []
 
-    def _session(self) -> Iterable[Words]:
-        if os.environ.get("SSH_CONNECTION"):        # set by sshd(8)
-            yield (WARNING, "this is an ssh session, from which macOS may refuse control of UTM",
-                   "Run kodemachine in a terminal at the screen.")
+    def _read_hardware(self) -> Reply:
+        """Reads the MAC addresses and drives of all machines. While UTM starts, it reports none (contract 4)."""
+        for _ in poll(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
+            reply = self._utm.script(HARDWARE)
+            self._hardware = parse_hardware(reply.out)
+            is_complete = bool(self._hardware) or not self._fleet.machines
+            if reply.outcome is Outcome.DONE and is_complete:
+                break
+            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
+                break
+        return reply
 
-    # -- the image
+    @doctor_check("image", needs="utm")
+    def _default_image(self) -> Iterable[Result]:
+        image = self._fleet.image(None)
+        self._image = image
+        yield OK, f"{image.name} exists and is stopped", ""
 
-    def _base(self) -> Iterable[Words]:
-        self._image = self._manager.base(self._rows, None)
-        yield OK, f"{self._image.name} is there, and stopped", ""
+    @doctor_check("devices", needs="osascript image", passed="the image is headless, has a serial port, and uses QEMU")
+    def _devices(self) -> Iterable[Result]:
+        image = self._image
+        assert image
+        reply = self._utm.script(DEVICES, image.uuid)
+        if reply.outcome is Outcome.DONE and reply.out.startswith("backend "):
+            return device_problems(image.name, reply.out.split("\n"))
+        problem = reply.sentence or reply.outcome.value
+        return [(WARNING, f"UTM does not report the devices of {image.name}: {problem}",
+                 "Check in its settings in UTM that it has no display, and a serial device in mode Pseudo-TTY.")]
 
-    def _devices(self) -> Iterable[Words]:
-        name = self._image.name
-        reply = self._utm.script(DEVICES, self._image.uuid)
-        told = reply.out.split("\n")
-        if reply.outcome is not Outcome.DONE or not told[0].startswith("backend "):
-            yield (WARNING, f"UTM does not tell the devices of {name}: {reply.sentence}",
-                   "See in its settings that it has no display, and a serial device in mode Pseudo-TTY.")
-            return
-        if "backend qemu" not in told:
-            yield (ERROR, f"{name} is not on the QEMU backend, and so has no guest agent",
-                   "Make the image anew, without 'Use Apple Virtualization'.")
-        if "displays 0" not in told or "serial window" in told:
-            yield (WARNING, f"{name} is not headless: a window opens at each start, and closing it ends the machine",
-                   "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
-        if "serial ptty" not in told and "serial tcp" not in told:
-            yield (WARNING, f"{name} has no serial port, so `kodemachine attach` cannot reach its clones",
-                   "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
+    @doctor_check("ssh-key", passed="there is a key for ssh")
+    def _ssh_key(self) -> Iterable[Result]:
+        if self._settings.identity_file:
+            return identity_problems(self._settings.identity_file)
+        if has_default_key() or self._agent_has_keys():
+            return []
+        return [(WARNING, "there is no key in ~/.ssh or in an ssh agent, but ssh's configuration may name another one",
+                 "To create a key, before you seal or create an image: ssh-keygen -t ed25519")]
 
-    def _ssh_key(self) -> Iterable[Words]:
-        own = self._settings.identity_file
-        if own:
-            public = own.removesuffix(".pub") + ".pub"
-            if os.path.exists(public) and (own == public or not os.path.exists(own)):
-                yield OK, f"{public} is there; its other half is for an agent to have", ""
-            elif not os.path.exists(own):
-                yield ERROR, f"there is no identity_file {own}", f"ssh-keygen -t ed25519 -f {shlex.quote(own)}"
-            elif os.stat(own).st_mode & 0o077:
-                yield ERROR, f"ssh does not use {own}: others may read it", f"chmod 600 {shlex.quote(own)}"
-            return
-        folder = os.path.expanduser("~/.ssh")
-        if not any(os.path.exists(os.path.join(folder, "id_" + kind)) for kind in
-                   ("rsa", "ecdsa", "ecdsa_sk", "ed25519", "ed25519_sk")) and not agent_keys():     # ssh_config(5)
-            yield (WARNING, "there is no key in ~/.ssh or an agent, unless ssh's own configuration names one",
-                   "ssh-keygen -t ed25519; what `kodemachine base seal` makes of a machine lets that key in")
+    def _agent_has_keys(self) -> bool:
+        """The exit status is 0 if there are keys, 1 for an agent without keys, 2 without an agent (ssh-add(1))."""
+        reply = self._utm.call("ssh-add", "-l")
+        return reply.outcome is Outcome.DONE
 
-    def _first_boot(self) -> Iterable[Words]:
-        if self._settings.first_boot:
-            open_script(self._settings.first_boot).close()
-            yield OK, f"new machines will run {self._settings.first_boot}", ""
-
-    # -- the fleet
-
-    def _names(self) -> Iterable[Words]:
-        ours = {row.name.lower() for row in (*self._manager.clones(self._rows), *self._manager.images(self._rows))}
+    @doctor_check("names", needs="utm", passed="no two machines share a name")
+    def _names(self) -> Iterable[Result]:
+        """Names are compared without case, as UTM's folders are."""
+        uuids: dict[str, list[str]] = {}
+        for machine in self._fleet.machines:
+            uuids.setdefault(machine.name.lower(), []).append(machine.uuid)
+        ours = {machine.name.lower() for machine in self._ours()}
         for name in sorted(ours):
-            uuids = [row.uuid for row in self._rows if row.name.lower() == name]
-            if len(uuids) > 1:
-                yield (ERROR, f"{len(uuids)} machines are called {name}: {', '.join(uuids)}",
+            if len(uuids[name]) > 1:
+                yield (ERROR, f"{len(uuids[name])} machines are named {name}: {', '.join(uuids[name])}",
                        "Rename or delete one of them in UTM.")
 
-    def _mac_addresses(self) -> Iterable[Words]:
-        """A clone that was never started is given an address of its own at its first start."""
-        records, images = self._state.records(), self._manager.images(self._rows)
-        clones = self._manager.clones(self._rows)
-        holders: dict[str, list[Row]] = {}
-        for row in self._rows:
-            fresh = row.power is Power.STOPPED and row in clones and not records.get(row.uuid, {}).get("mac_checked")
-            macs = self._hardware[row.uuid].macs if row.uuid in self._hardware else []
-            for mac in set(macs) - {"?"} if row not in images and not fresh else ():
-                holders.setdefault(mac, []).append(row)
-        for mac, rows in holders.items():
-            if len(rows) > 1 and any(row in clones for row in rows):
-                both_run = sum(row.power is not Power.STOPPED for row in rows) > 1
-                names = " and ".join(row.name for row in rows)
-                yield (ERROR if both_run else WARNING, f"{names} have one MAC address, {mac}",
-                       "Stop one; in its settings in UTM: Network > MAC Address > Random.")
+    def _ours(self) -> list[Machine]:
+        return [*self._fleet.images, *self._fleet.clones]
 
-    def _shared(self, key: str, words: str) -> Iterable[Words]:
-        """What the records of two clones have in common, and only an image that was not sealed can have given them."""
-        records = self._state.records()
-        holders: dict[str, list[str]] = {}
-        for row in self._manager.clones(self._rows):
-            value = records.get(row.uuid, {}).get(key)
-            for part in value if isinstance(value, list) else [value] * bool(value):
-                holders.setdefault(str(part), []).append(row.name)
-        for names in dict.fromkeys(" and ".join(names) for names in holders.values() if len(names) > 1):
-            yield (WARNING, f"{names} {words}", "Make an image that forgets them (kodemachine base seal LABEL --as "
-                   "vX.Y.Z), then each machine anew: kodemachine start LABEL --fresh")
+    @doctor_check("macs", needs="utm osascript", passed="no two machines share a MAC address")
+    def _mac_addresses(self) -> Iterable[Result]:
+        for mac, machines in self._holders_by_mac().items():
+            clones = [machine for machine in machines if machine.label]
+            if len(machines) < 2 or not clones:
+                continue
+            names = " and ".join(machine.name for machine in machines)
+            running = [machine for machine in machines if machine.power is not Power.STOPPED]
+            level = ERROR if len(running) > 1 else WARNING
+            yield (level, f"{names} share the MAC address {mac}",
+                   "Stop one of them, then open its settings in UTM: Network > MAC Address > Random.")
 
-    def _addresses(self) -> Iterable[Words]:
-        running = [row for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
-        for machine in self._manager.survey(running, disk=False):
-            if machine.ip and address_rank(machine.ip) != 2:    # a container bridge is the same in every guest
-                self._running.setdefault(machine.ip, []).append(machine.name)
-        for address, names in self._running.items():
-            if len(names) > 1:
-                yield (ERROR, f"{' and '.join(names)} have one address, {address}: they share a machine-id, or a MAC",
-                       "Make one of them anew: kodemachine start LABEL --fresh")
+    def _holders_by_mac(self) -> dict[str, list[Machine]]:
+        """The machines that keep their MAC addresses. An image is never started, so it does not count."""
+        holders: dict[str, list[Machine]] = {}
+        for machine in self._fleet.machines:
+            hardware = self._hardware.get(machine.uuid)
+            if not hardware or machine.is_image or self._will_get_new_mac(machine):
+                continue
+            for mac in set(hardware.macs) - {"?"}:
+                holders.setdefault(mac, []).append(machine)
+        return holders
 
-    def _copies(self) -> Iterable[Words]:
-        """Half-made copies: by their size (contract 10.12, 10.13), and by the temporary name that UTM gives them."""
-        records, ours = self._state.records(), (*self._manager.images(self._rows), *self._manager.clones(self._rows))
-        bases = {row.name for row in ours}
-        for row in self._rows:
-            base, _, number = row.name.rpartition(" ")
-            temporary = base in bases and number.isdigit()
-            origins = [records.get(row.uuid, {}).get("copy_of")]
-            origins += [other.uuid for other in ours if other.name in (row.name, base) and other.uuid != row.uuid]
-            mine, theirs = self._hardware.get(row.uuid), [self._hardware.get(str(origin)) for origin in origins]
-            missing = next(filter(None, (missing_part(mine, other) for other in theirs
-                                         if mine and other and mine.known and other.known)), "")
+    @staticmethod
+    def _will_get_new_mac(machine: Machine) -> bool:
+        """Whether it is a clone that has not been started. Its first start gives it an address of its own."""
+        if not machine.label or machine.power is not Power.STOPPED:
+            return False
+        return not machine.record.mac_is_unique
+
+    @doctor_check("host-keys", needs="utm", passed="no two clones are known to share a host key")
+    def _host_keys(self) -> Iterable[Result]:
+        names = dict.fromkeys(machine.name for machine in self._fleet.clones)
+        keys = {name: self._state.pinned(name) for name in names}
+        for group in sharers(keys):
+            yield self._unsealed(group, "share a host key, so each can pass for the other")
+
+    @doctor_check("machine-ids", needs="utm", passed="no two clones are known to share a machine-id")
+    def _machine_ids(self) -> Iterable[Result]:
+        ids: dict[str, list[str]] = {}
+        for machine in self._fleet.clones:
+            if machine.record.machine_id:
+                ids.setdefault(machine.name, []).append(machine.record.machine_id)
+        for group in sharers(ids):
+            yield self._unsealed(group, "share a machine-id, so they may get the same IP address")
+
+    @staticmethod
+    def _unsealed(names: str, problem: str) -> Result:
+        """Machines have something in common only if their image was not sealed."""
+        return (WARNING, f"{names} {problem}",
+                "Seal an image (kodemachine base seal LABEL --as vX.Y.Z), then replace each of these machines: "
+                "kodemachine start LABEL --fresh")
+
+    @doctor_check("addresses", needs="utm", passed="no two running clones share an IP address")
+    def _addresses(self) -> Iterable[Result]:
+        for facts in self._manager.describe(self._started_clones(), sizes=False):
+            # A container bridge, of rank 2, has the same address in every guest.
+            if facts.ip and address_rank(facts.ip) != 2:
+                self._running.setdefault(facts.ip, []).append(facts)
+        for address, holders in self._running.items():
+            if len(holders) > 1:
+                names = " and ".join(facts.name for facts in holders)
+                yield (ERROR, f"{names} share the IP address {address}: they have the same machine-id or MAC address",
+                       f"Replace one of them: kodemachine start {holders[-1].label} --fresh")
+
+    def _started_clones(self) -> list[Machine]:
+        return [machine for machine in self._fleet.clones if machine.power is Power.STARTED]
+
+    @doctor_check("copies", needs="utm", passed="no machine is an incomplete copy")
+    def _copies(self) -> Iterable[Result]:
+        """Incomplete copies have small drives (contract 10.12, 10.13), or the temporary name that UTM gives them."""
+        is_cloning = self._state.locked("fleet")
+        for machine in self._fleet.machines:
+            title = f"{machine.name} ({machine.uuid})"
+            missing = self._missing_part(machine)
             if missing:
-                yield (ERROR, f"{row.name} ({row.uuid}) is an incomplete copy: {missing}",
-                       f"Delete it: {shlex.quote(self._utm.path())} delete {row.uuid}")
-            elif temporary and not self._state.locked("fleet"):
-                yield (WARNING, f"{row.name} ({row.uuid}) is left from a clone that was interrupted",
-                       "Run that command again, which completes it or says what to do; or delete it in UTM.")
+                yield (ERROR, f"{title} is an incomplete copy: {missing}",
+                       f"Delete it: {shlex.quote(self._utm.path())} delete {machine.uuid}")
+            elif self._is_temporary_name(machine.name) and not is_cloning:
+                yield (WARNING, f"{title} was left by an interrupted clone",
+                       "Run the interrupted command again to complete it, or delete the machine in UTM.")
 
-    # -- this computer
+    def _is_temporary_name(self, name: str) -> bool:
+        """UTM first names a copy like its original, with a number (contract 3)."""
+        base, _, number = name.rpartition(" ")
+        names = [machine.name for machine in self._ours()]
+        return base in names and number.isdigit()
 
-    def _space(self) -> Iterable[Words]:
+    def _missing_part(self, machine: Machine) -> str:
+        """The part that the machine lacks of its original, in words; empty if it lacks none that is known."""
+        copy = self._hardware.get(machine.uuid)
+        if not copy or not copy.known:
+            return ""
+        for uuid in self._possible_originals(machine):
+            original = self._hardware.get(uuid)
+            if original and original.known:
+                missing = missing_part(copy, original)
+                if missing:
+                    return missing
+        return ""
+
+    def _possible_originals(self, machine: Machine) -> list[str]:
+        """UUIDs of the recorded original, and of the machines whose name this one has, with or without a number."""
+        base = machine.name.rpartition(" ")[0]
+        uuids = [machine.record.copy_of]
+        for other in self._ours():
+            if other.name in (machine.name, base) and other.uuid != machine.uuid:
+                uuids.append(other.uuid)
+        return uuids
+
+    @doctor_check("space")
+    def _space(self) -> Iterable[Result]:
         free = free_space(self._settings.documents or os.path.expanduser("~"))
         if free is None:
-            yield WARNING, "the volume does not tell how much of it is free", "See for yourself: df -h"
+            yield WARNING, "the free space of the disk is unknown", "Check it: df -h"
         elif free < SPACE_LOW:
-            yield (ERROR if free < SPACE_OUT else WARNING, f"only {size_text(free)} are free",
-                   "See what can go: kodemachine purge --dry-run")
+            level = ERROR if free < SPACE_OUT else WARNING
+            yield (level, f"only {size_text(free)} of disk space is free",
+                   "To see which machines could be deleted: kodemachine purge --dry-run")
         else:
-            yield OK, f"{size_text(free)} are free", ""
+            yield OK, f"{size_text(free)} of disk space is free", ""
 
-    def _sizes(self) -> Iterable[Words]:
-        """On macOS 14 and newer the person is asked whether a program may look into UTM's container (contract 6)."""
-        folder = self._manager.documents
-        if self._rows and not read_bundles(folder, self._rows, DISK_LIMIT, self._utm.notes.tick):
-            yield (WARNING, f"UTM's data cannot be read in {folder}, so MEMORY, SIZE and FREES stay empty",
-                   "Allow it when macOS asks, or give the terminal Full Disk Access, which lasts. "
-                   "If UTM's machines lie elsewhere: kodemachine config set documents PATH")
+    @doctor_check("sizes", needs="utm", passed="UTM's data can be read")
+    def _sizes(self) -> Iterable[Result]:
+        """macOS 14 and newer ask whether a program may read another program's container (contract 6)."""
+        folder, machines = self._manager.documents, self._fleet.machines
+        if machines and not read_bundles(folder, machines, DISK_LIMIT, self._utm.notes.tick):
+            yield (WARNING, f"UTM's data in {folder} cannot be read, so MEMORY, SIZE and RECLAIM stay empty",
+                   "Allow it when macOS asks, or give the terminal Full Disk Access, which is permanent. "
+                   "If UTM's machines are in another folder: kodemachine config set documents PATH")
 
-    def _leftovers(self) -> Iterable[Words]:
-        state, listed = self._state, {row.uuid for row in self._rows}
-        vanished = [uuid for uuid in state.records() if uuid not in listed]
-        if state.trouble:
-            yield (ERROR, state.trouble, "Move it away: the machines stay, only what is known of them is lost.")
-        if vanished and listed:
-            yield WARNING, f"{len(vanished)} machines are remembered that are gone", "kodemachine purge forgets them"
-        for name in state.intents():
-            intent = Intent(state, name)
-            if not intent.call_alive() and not state.locked(name):
-                again = ""
-                if name.startswith(UNFINISHED):
-                    again = f"kodemachine base create {name[len(UNFINISHED + 'kodeimage-'):]}"
-                elif IMAGE.fullmatch(name):
-                    again = f"kodemachine base seal VM --as {name[len('kodeimage-'):]} (VM: what it was cloned from)"
-                elif self._manager.label_of(name):
-                    again = self._manager.to_complete(name, intent.load() or {})
-                yield (WARNING, f"the making of {name} was cut off", f"To complete it: {again}" if again
-                       else f"rm {shlex.quote(state.path('intents', name + '.json'))}")
-        for folder in (state.folder, state.path("intents")):
-            for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                path = os.path.join(folder, entry)
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.endswith(".new") and time.time() - os.stat(path).st_mtime > 60:
-                        yield WARNING, f"{path} was left half-written", f"rm {shlex.quote(path)}"
+    @doctor_check("leftovers", needs="utm", passed="the state folder is in order")
+    def _leftovers(self) -> Iterable[Result]:
+        yield from self._record_problems()
+        yield from self._interrupted_orders()
+        for folder in (self._state.folder, self._state.path("intents")):
+            for path in half_written_files(folder):
+                yield WARNING, f"{path} is an incomplete file of an interrupted run", f"rm {shlex.quote(path)}"
 
-    def _network(self) -> Iterable[Words]:
-        """Local Network privacy can only be felt: macOS 15 and newer refuse the way to the guests (Apple's TN3179)."""
+    def _record_problems(self) -> Iterator[Result]:
+        listed = {machine.uuid for machine in self._fleet.machines}
+        missing = set(self._state.records()) - listed
+        if self._state.trouble:
+            yield (ERROR, self._state.trouble,
+                   "Move it away. No machine is lost, only what kodemachine remembers of them.")
+        # An empty list may only mean that UTM has no window yet (contract 4).
+        if listed and missing:
+            yield (WARNING, f"remembered machines that no longer exist: {len(missing)}",
+                   "To forget them (it asks before it deletes a machine): kodemachine purge")
+
+    def _interrupted_orders(self) -> Iterator[Result]:
+        for name in self._state.orders():
+            order = Order(self._state, name)
+            if order.is_alive() or self._state.locked(name.removeprefix(UNFINISHED)):
+                continue
+            remedy = f"rm {shlex.quote(order.path)}"
+            command = self._command_to_complete(name, order.load() or {})
+            if command:
+                remedy = f"To complete it: {command}"
+            yield WARNING, f"the creation of {name} was interrupted", remedy
+
+    def _command_to_complete(self, name: str, order: dict[str, Any]) -> str:
+        """The command that makes the machine of an order; empty if no command makes a machine of that name."""
+        version = name.removeprefix(UNFINISHED).removeprefix("kodeimage-")
+        if name.startswith(UNFINISHED):
+            return f"kodemachine base create {version}"
+        if IMAGE.fullmatch(name):
+            sealed = order.get("base", "VM")
+            return f"kodemachine base seal {shlex.quote(sealed)} --as {version}"
+        if label_in(name, self._settings.prefix):
+            return self._manager.order_command(name, order)
+        return ""
+
+    @doctor_check("network", needs="utm")
+    def _network(self) -> Iterable[Result]:
+        """Only a connection shows whether macOS 15 and newer permit access to the guests (Apple's TN3179)."""
         if not self._running:
-            silent = [row.name for row in self._manager.clones(self._rows) if row.power is Power.STARTED]
-            yield ((WARNING, f"no guest agent tells an address, of {', '.join(silent)}",
-                    "Does qemu-guest-agent run there? Look at the consoles: kodemachine attach LABEL") if silent
-                   else (OK, "no machine runs, so the way to one was not tried", ""))
-            return
+            return [self._no_addresses()]
+        winner, has_no_route = self._probe()
+        if winner:
+            return [(OK, f"a guest's ssh server answers at {winner}", "")]
+        if has_no_route and local_network_rules():
+            return [(ERROR, "macOS blocks connections to the guests (no route to host)", LOCAL_NETWORK)]
+        addresses = list(self._running)
+        clone = self._running[addresses[0]][0]
+        return [(WARNING, f"no ssh server answers at {', '.join(addresses)}",
+                 f"Check the console: kodemachine attach {clone.label}")]
+
+    def _no_addresses(self) -> Result:
+        silent = self._started_clones()
+        if not silent:
+            return OK, "no clone is running, so the network was not tested", ""
+        names = ", ".join(machine.name for machine in silent)
+        return (WARNING, f"no guest agent reports an IP address (running: {names})",
+                f"Check on the console that qemu-guest-agent runs: kodemachine attach {silent[0].label}")
+
+    def _probe(self) -> tuple[str | None, bool]:
+        """The address of a running clone whose ssh server answers, and whether there is no route to the clones."""
         prober = Prober(self._settings.ssh_port)
         prober.aim(list(self._running))
         deadline = time.monotonic() + GREETING
         winner = None
         while not winner and time.monotonic() < deadline:
             winner = prober.step(0.05)
-        refused = prober.unreachable
+        has_no_route = prober.unreachable
         prober.close()
-        if winner:
-            yield OK, f"a guest's ssh server answers at {winner}", ""
-        elif refused and local_network_rules():
-            yield ERROR, "macOS refuses the way to the guests (no route to host)", LOCAL_NETWORK
-        else:
-            yield (WARNING, f"no ssh server answers at {', '.join(self._running)}",
-                   "Look at the consoles: kodemachine attach LABEL")
+        return winner, has_no_route
 
 
-# Each check: its name, the checks without which it cannot look, what to say if it finds nothing, and what does it.
-CHECKS: tuple[tuple[str, str, str, Callable[[Doctor], Iterable[Words]]], ...] = (
-    ("python", "", "", Doctor._python),
-    ("user", "", "run without sudo", Doctor._user),
-    ("utmctl", "", "", Doctor._utmctl),
-    ("version", "utmctl", "", Doctor._version),
-    ("automation", "utmctl", "macOS lets this terminal control UTM", Doctor._automation),
-    ("utm", "utmctl automation", "", Doctor._answer),
-    ("osascript", "utm", "macOS lets osascript control UTM", Doctor._osascript),
-    ("session", "", "this is no ssh session", Doctor._session),
-    ("image", "utm", "", Doctor._base),
-    ("devices", "osascript image", "the image is headless, has a serial port, and is on QEMU", Doctor._devices),
-    ("ssh-key", "", "there is a key for ssh", Doctor._ssh_key),
-    ("first-boot", "", "new machines run no script", Doctor._first_boot),
-    ("names", "utm", "no two machines share a name", Doctor._names),
-    ("macs", "utm osascript", "no two machines share a MAC address", Doctor._mac_addresses),
-    ("host-keys", "utm", "no two clones are known to share a host key",
-     lambda doctor: doctor._shared("host_keys", "have one host key, and each can pass for the other")),
-    ("machine-ids", "utm", "no two clones are known to share a machine-id",
-     lambda doctor: doctor._shared("machine_id", "have one machine-id, and may be given one address")),
-    ("addresses", "utm", "no two running clones share an address", Doctor._addresses),
-    ("copies", "utm", "no clone was left half-made", Doctor._copies),
-    ("space", "", "", Doctor._space),
-    ("sizes", "utm", "UTM's data can be read", Doctor._sizes),
-    ("leftovers", "utm", "nothing is left in the state folder", Doctor._leftovers),
-    ("network", "utm", "", Doctor._network),
-)
-CHECK_WIDTH = max(len(check) for check, *_ in CHECKS)
+CHECK_WIDTH = max(len(check.name) for check in CHECKS)
+# ---- serial console
 
-
-def agent_keys() -> int:
-    """How many keys the ssh agent holds, if there is one. The two messages are SSH_AGENTC_REQUEST_IDENTITIES (11) and
-    SSH_AGENT_IDENTITIES_ANSWER (12), whose payload begins with the number (OpenSSH's PROTOCOL.agent)."""
-    import socket
-
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as agent:
-        agent.settimeout(2)
-        agent.connect(os.environ.get("SSH_AUTH_SOCK") or "")
-        agent.sendall(b"\0\0\0\1\x0b")
-        answer = agent.recv(9, socket.MSG_WAITALL)
-        return int.from_bytes(answer[5:], "big") if answer[4:5] == b"\x0c" else 0
-    return 0
-
-
-# ---- the serial console
+OLD_DEVICE = "UTM may still report the device of an earlier run. Stop the machine and start it again."
 
 
 @contextlib.contextmanager
 def raw_terminal(handle: int) -> Iterator[None]:
-    """The terminal `handle` in raw mode; afterwards exactly as it was. Not a terminal: nothing happens."""
+    """Sets the terminal `handle` to raw mode, and restores it afterwards. Does nothing if it is not a terminal."""
     if not os.isatty(handle):
         yield
         return
@@ -4199,241 +5014,481 @@ def raw_terminal(handle: int) -> Iterator[None]:
         tty.setraw(handle)
         yield
     finally:
-        with contextlib.suppress(termios.error):        # the terminal may be gone
-            termios.tcsetattr(handle, termios.TCSAFLUSH, before)    # half-typed keys must not reach the shell
+        # The terminal may be closed by now. TCSAFLUSH discards half-typed keys, which must not reach the shell.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(handle, termios.TCSAFLUSH, before)
 
 
-def open_line(port: str) -> int:
-    """Opens a serial port that UTM told, a device or host:port, without blocking. Raises KodeError."""
-    if not port.startswith("/"):
-        import socket
+def open_tcp_port(port: str) -> int:
+    """Connects to a serial port at host:port within 5 s, and returns its handle. Raises KodeError."""
+    import socket
 
-        host, _, number = port.rpartition(":")
-        try:
-            with socket.create_connection((host.strip("[]"), int(number)), timeout=5) as connection:
-                connection.setblocking(False)
-                return os.dup(connection.fileno())
-        except (OSError, ValueError, OverflowError) as failure:
-            raise KodeError(f"cannot connect to the serial port at {port}: {failure}",
-                            "Is another program connected to it? A TCP port takes one at a time.") from None
+    host, _, number = port.rpartition(":")
+    try:
+        address = (host.strip("[]"), int(number))
+        with socket.create_connection(address, timeout=5) as connection:
+            connection.setblocking(False)
+            return os.dup(connection.fileno())
+    except (OSError, ValueError, OverflowError) as failure:
+        raise KodeError(f"cannot connect to the serial port at {port}: {failure}",
+                        "Is another program connected to it? A TCP port accepts one at a time.") from None
+
+
+def is_own_device(handle: int) -> bool:
+    """Whether an open file is a character device that belongs to the user."""
+    status = os.fstat(handle)
+    return stat.S_ISCHR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def open_device(path: str) -> int:
+    """Opens the device of a serial port, and returns its handle. Raises KodeError, also if it is not the user's."""
     import termios
     import tty
 
     try:
-        line = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        line = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as failure:
-        raise KodeError(f"cannot open the serial port {port}: {failure.strerror}",
-                        "UTM may still tell the device of an earlier run: stop and start the machine.") from None
-    info = os.fstat(line)
-    if not stat.S_ISCHR(info.st_mode) or info.st_uid != os.geteuid():
+        raise KodeError(f"cannot open the serial port {path}: {failure.strerror}", OLD_DEVICE) from None
+    if not is_own_device(line):
         os.close(line)
-        raise KodeError(f"{port} is not a serial port of yours, and was not used",
-                        "UTM may still tell the device of an earlier run: stop and start the machine.")
+        raise KodeError(f"{path} is not a serial port of yours and was not used", OLD_DEVICE)
+    # Without raw mode the line would echo its input. TCSANOW keeps the output that is already waiting.
     with contextlib.suppress(termios.error):
-        tty.setraw(line, termios.TCSANOW)       # or the line would echo what it is sent; what it said already stays
+        tty.setraw(line, termios.TCSANOW)
     return line
 
 
-class Console:
-    """A relay between a person (or a pipe) and a serial line: raw, 8-bit clean, with back-pressure both ways."""
+def open_line(port: str) -> int:
+    """Opens a serial port as UTM reports it, a device or host:port, without blocking. Raises KodeError."""
+    if port.startswith("/"):
+        return open_device(port)
+    return open_tcp_port(port)
 
-    CHUNK, FULL = 1 << 16, 1 << 18      # bytes read at once, and held at most in each direction
 
-    def __init__(self, line: int, source: int, sink: int, escape: bytes, log: int | None) -> None:
-        self._line, self._source, self._escape, self._log = line, source, escape, log
-        self._sink, self._own_sink = sink, False
-        self._person = os.isatty(source)
-        self._piece = select.PIPE_BUF       # a pipe that is ready takes so many bytes without blocking
-        if os.isatty(sink):
-            # A second opening, so that O_NONBLOCK does not reach the shell, which shares the first.
-            with contextlib.suppress(OSError):
-                self._sink = os.open(os.ttyname(sink), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-                self._own_sink, self._piece = True, self.CHUNK
+class Outlet:
+    """A handle that bytes are written to, and the bytes that wait for it."""
 
-    def close(self) -> None:
-        """Closes the second opening of the terminal; the line is the caller's."""
-        if self._own_sink:
-            os.close(self._sink)
+    FULL = 1 << 18      # bytes
 
-    def relay(self, deadline: float | None, at_end: Callable[[], None] = lambda: None) -> str:
-        """Relays until an end comes, and says which: `escape`, `closed` (the line), `reader` (gone) or `timeout`.
+    def __init__(self, handle: int, piece: int) -> None:
+        """`piece`: bytes that are written at most at once."""
+        self.handle = handle
+        self.waiting = bytearray()
+        self._piece = piece
 
-        `at_end` is called when the source has ended and the line has taken all of it.
-        """
-        inward, outward, typing, ended = bytearray(), bytearray(), True, False
-        while True:
-            readers = [self._line] * (len(outward) < self.FULL) + [self._source] * (typing and len(inward) < self.FULL)
-            writers = [self._line] * bool(inward) + [self._sink] * bool(outward)
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            readable, writable, _ = select.select(readers, writers, [], left)
-            if self._line in readable:
-                data = self._read(self._line)
-                if data == b"":
-                    self._drain(self._sink, outward, self._piece)
-                    return "closed"
-                outward += data or b""
-                if self._log is not None and data:
-                    os.write(self._log, data)
-            if self._source in readable:
-                data = self._read(self._source)
-                typing = data != b""
-                if self._person and not typing:
-                    return "reader"         # a terminal that was hung up
-                found = data.find(self._escape) if self._escape and data else -1
-                inward += data[:found] if data and found >= 0 else data or b""
-                if found >= 0:
-                    self._drain(self._line, inward, self.CHUNK)
-                    return "escape"
-            if self._line in writable and not self._write(self._line, inward, self.CHUNK):
-                return "closed"
-            if self._sink in writable and not self._write(self._sink, outward, self._piece):
-                return "reader"
-            if not (typing or inward or ended):
-                ended = True
-                at_end()
-            if left == 0:
-                self._drain(self._sink, outward, self._piece)
-                return "timeout"
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits that nothing more should be read for this handle."""
+        return len(self.waiting) >= self.FULL
 
-    @staticmethod
-    def _read(handle: int) -> bytes | None:
-        """Bytes; none at the end (a pty whose other side is closed says EIO); None if it was a false alarm."""
+    def write(self) -> bool:
+        """Writes as many of the waiting bytes as the handle takes. False: nobody reads them any more."""
         try:
-            return os.read(handle, Console.CHUNK)
+            written = os.write(self.handle, self.waiting[:self._piece])
         except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-
-    @staticmethod
-    def _write(handle: int, data: bytearray, piece: int) -> bool:
-        """Writes what fits and removes it from `data`; false if nobody is there any more."""
-        try:
-            del data[:os.write(handle, data[:piece])]
-        except BlockingIOError:
-            pass
+            return True
         except OSError:
             return False
+        del self.waiting[:written]
         return True
 
-    @staticmethod
-    def _drain(handle: int, data: bytearray, piece: int) -> None:
-        """What was said last still reaches a side that takes it within a second."""
-        until = time.monotonic() + 1.0
-        while data and time.monotonic() < until:
-            if select.select([], [handle], [], 0.1)[1] and not Console._write(handle, data, piece):
+    def drain(self) -> None:
+        """Writes all waiting bytes, but gives up after a second, or when nobody reads them any more."""
+        deadline = time.monotonic() + 1.0
+        while self.waiting and time.monotonic() < deadline:
+            _, is_ready, _ = select.select([], [self.handle], [], 0.1)
+            if is_ready and not self.write():
                 return
 
 
+class SerialRelay:
+    """A relay between a person (or a pipe) and a serial line: raw, 8-bit clean, with back-pressure both ways."""
+
+    CHUNK = 1 << 16     # bytes that are read at once
+
+    def __init__(self, line: int, source: int, sink: int, escape: bytes, log: int | None) -> None:
+        """Relays `source` to `line`, and `line` to `sink` and `log`. The key `escape` ends it; without one: b""."""
+        self._line = line
+        self._source = source
+        self._escape = escape
+        self._log = log
+        self._is_person = os.isatty(source)
+        self._source_ended = False
+        self._opened: int | None = None
+        self._to_line = Outlet(line, self.CHUNK)
+        self._to_sink = self._sink_outlet(sink)
+
+    def _sink_outlet(self, sink: int) -> Outlet:
+        if os.isatty(sink):
+            # The shell shares `sink`. It is opened a second time, so that O_NONBLOCK does not affect the shell.
+            with contextlib.suppress(OSError):
+                self._opened = os.open(os.ttyname(sink), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+                return Outlet(self._opened, self.CHUNK)
+        # A pipe that is ready for writing takes this many bytes without blocking.
+        return Outlet(sink, select.PIPE_BUF)
+
+    def close(self) -> None:
+        """Closes the handle that the relay has opened itself. The caller closes the line."""
+        if self._opened is not None:
+            os.close(self._opened)
+
+    def relay(self, deadline: float | None, at_end: Callable[[], None] = lambda: None) -> str:
+        """Relays until one side ends, and returns the reason: `escape`, `closed` (the line), `reader` or `timeout`.
+
+        `deadline` is in seconds of time.monotonic(). `at_end` is called once, when the source has ended and the
+        line has taken all its bytes.
+        """
+        end_was_reported = False
+        while True:
+            left = None
+            if deadline is not None:
+                left = max(0.0, deadline - time.monotonic())
+            readable, writable, _ = select.select(self._readers(), self._writers(), [], left)
+            reason = self._read_from(readable) or self._write_to(writable)
+            if reason:
+                return reason
+            if self._source_ended and not self._to_line.waiting and not end_was_reported:
+                end_was_reported = True
+                at_end()
+            if left == 0:
+                self._to_sink.drain()
+                return "timeout"
+
+    def _readers(self) -> list[int]:
+        """The handles to read from. A side whose bytes cannot be passed on has to wait."""
+        readers = []
+        if not self._to_sink.is_full:
+            readers.append(self._line)
+        if not self._source_ended and not self._to_line.is_full:
+            readers.append(self._source)
+        return readers
+
+    def _writers(self) -> list[int]:
+        writers = []
+        for outlet in (self._to_line, self._to_sink):
+            if outlet.waiting:
+                writers.append(outlet.handle)
+        return writers
+
+    def _read_from(self, readable: Sequence[int]) -> str:
+        """Reads from the sides that have something to read. Returns the reason for an end, or ""."""
+        reason = ""
+        if self._line in readable:
+            reason = self._read_line()
+        if not reason and self._source in readable:
+            reason = self._read_source()
+        return reason
+
+    def _read_line(self) -> str:
+        data = self._read(self._line)
+        if data is None:
+            return ""
+        if not data:
+            self._to_sink.drain()
+            return "closed"
+        self._to_sink.waiting += data
+        if self._log is not None:
+            os.write(self._log, data)
+        return ""
+
+    def _read_source(self) -> str:
+        data = self._read(self._source)
+        if data is None:
+            return ""
+        if not data:
+            self._source_ended = True
+            # The end of a pipe is only the end of its input. A terminal that ends was closed.
+            return "reader" if self._is_person else ""
+        return self._pass_keys(data)
+
+    def _pass_keys(self, data: bytes) -> str:
+        """Passes input to the line, as far as the escape key."""
+        keys, escape = data, b""
+        if self._escape:
+            keys, escape, _ = data.partition(self._escape)
+        self._to_line.waiting += keys
+        if not escape:
+            return ""
+        self._to_line.drain()
+        return "escape"
+
+    def _write_to(self, writable: Sequence[int]) -> str:
+        """Writes to the sides that take bytes. Returns the reason for an end, or ""."""
+        if self._to_line.handle in writable and not self._to_line.write():
+            return "closed"
+        if self._to_sink.handle in writable and not self._to_sink.write():
+            return "reader"
+        return ""
+
+    def _read(self, handle: int) -> bytes | None:
+        """Bytes from a handle; b"" at its end; None if there was nothing to read after all."""
+        try:
+            return os.read(handle, self.CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            # A pty reports EIO when its other side is closed.
+            return b""
+
+
 def escape_byte(text: str) -> bytes:
-    """The byte of `ctrl-]`, `^]`, or a single character; nothing for `none`. Raises UsageError."""
+    """The byte of the key `ctrl-]`, `^]`, or a single character; b"" for `none`. Raises UsageError."""
     if text == "none":
         return b""
-    match = re.fullmatch(r"(?:ctrl-|\^)([a-z@\[\]\\^_])", text.lower())
-    if match:
-        return bytes([ord(match.group(1).upper()) & 0x1F])
+    control = re.fullmatch(r"(?:ctrl-|\^)([a-z@\[\]\\^_])", text.lower())
+    if control:
+        letter = control.group(1).upper()
+        return bytes([ord(letter) & 0x1F])
     if len(text) == 1 and text.isascii():
         return text.encode()
-    raise UsageError(f"{text!r} is no escape key", "Such as: --escape ctrl-a, or --escape none")
+    raise UsageError(f"{text!r} is not an escape key", "For example: --escape ctrl-a, or --escape none")
+# ---- terminal output
 
 
-# ---- what a person or a pipe reads
+def character_width(character: str) -> int:
+    """Columns of a terminal that a character occupies: 0, 1 or 2."""
+    import unicodedata
+
+    if unicodedata.east_asian_width(character) in ("W", "F"):
+        return 2
+    # A combining character is drawn over the one before it.
+    return 0 if unicodedata.combining(character) else 1
 
 
-class Out(Notes):
-    """Results on stdout, all else on stderr: on a terminal progress is one live line per step.
+def display_width(text: str) -> int:
+    """Columns of a terminal that a text occupies."""
+    if text.isascii():
+        return len(text)
+    return sum(map(character_width, text))
 
-    What a terminal would obey is taken out of texts here, and nowhere before.
+
+def truncate(text: str, width: int) -> str:
+    """The longest beginning of a text that fits into `width` columns of a terminal."""
+    if text.isascii():
+        return text[:max(0, width)]
+    used = 0
+    for position, character in enumerate(text):
+        used += character_width(character)
+        if used > width:
+            return text[:position]
+    return text
+
+
+def padded(text: str, width: int) -> str:
+    """A text with blanks up to `width` columns of a terminal."""
+    return text + " " * (width - display_width(text))
+
+
+TABLE_GAP = "  "
+
+
+def column_width(column: Sequence[str]) -> int:
+    """The display width of the widest cell."""
+    return max(map(display_width, column))
+
+
+def columns_width(columns: Sequence[Sequence[str]]) -> int:
+    """The display width of a table with these columns."""
+    gaps = len(TABLE_GAP) * (len(columns) - 1)
+    return gaps + sum(map(column_width, columns))
+
+
+def fitting_columns(columns: list[list[str]], width: int, expendable: Sequence[str]) -> list[list[str]]:
+    """The columns that are shown in `width`; the first cell of each is its name.
+
+    Expendable ones are removed until the rest fits: first those without any value, then the others, both in the order
+    of `expendable`.
+    """
+    empty = {name for name, *cells in columns if set(cells) <= {"-"}}
+    for candidate in sorted(expendable, key=lambda name: name not in empty):
+        if columns_width(columns) <= width:
+            break
+        columns = [column for column in columns if column[0] != candidate]
+    return columns
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
+          expendable: Sequence[str] = ()) -> str:
+    """Lines with aligned columns, at most `width` wide (None: as wide as they are).
+
+    A table that is too wide loses expendable columns. If it is still too wide, its lines are truncated.
+    """
+    columns = [list(column) for column in zip(header, *rows)]
+    if width is not None:
+        columns = fitting_columns(columns, width, expendable)
+    widths = [column_width(column) for column in columns]
+    lines = []
+    for row in zip(*columns):
+        cells = map(padded, row, widths)
+        line = TABLE_GAP.join(cells).rstrip()
+        if width is not None:
+            line = truncate(line, width)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def discard_output(handle: int) -> None:
+    """Sends everything that is written to `handle` from now on to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, handle)
+    os.close(nowhere)
+
+
+class Terminal(Notes):
+    """Results on stdout, everything else on stderr. On a terminal, progress is one live line per step.
+
+    All texts are made printable here, and nowhere before.
     """
 
+    ERASE_LINE = "\r\x1b[K"
+    DIM, RED, NORMAL = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+    REPAINT_AFTER = 0.5     # seconds
+
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
-        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
-        self._live = sys.stderr.isatty() and not dumb
-        self._colour = sys.stderr.isatty() and not dumb and not os.environ.get("NO_COLOR")
-        self._lock = threading.RLock()      # several machines at once are several threads
-        self._step: tuple[str, float] | None = None     # of the live line: its text, and when it began
+        """`quiet`: no progress and no notes. `verbose`: external calls are shown. `as_json`: errors are JSON objects.
+
+        All three may be changed at any time.
+        """
+        self.quiet = quiet
+        self.verbose = verbose
+        self.as_json = as_json
+        self._is_terminal = sys.stderr.isatty()
+        self._is_live = self._is_terminal and os.environ.get("TERM", "dumb") != "dumb"
+        self._has_colour = self._is_live and not os.environ.get("NO_COLOR")
+        # Several machines are worked on by several threads.
+        self._lock = threading.RLock()
+        # The live line: its text (None: there is none), how far the step has come, and when it began and was painted.
+        self._step: str | None = None
         self._progress = ""
+        self._began = 0.0
         self._painted = 0.0
 
-    def _err(self, text: str, end: str = "\n") -> None:
-        try:
-            sys.stderr.write(text + end)
-            sys.stderr.flush()
-        except (OSError, ValueError):       # a terminal that is gone does not stop the work, or fail our exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-    def _paint(self, end: str = "") -> None:
-        assert self._step
-        text, began = self._step
-        elapsed = time.monotonic() - began
-        clock = "  " + " ".join(filter(None, (self._progress, f"{elapsed:.0f} s"))) if elapsed >= 0.95 else ""
-        if not end:             # a line that is alive must not wrap: only one row of it can be painted over
-            with contextlib.suppress(OSError):
-                room = os.get_terminal_size(2).columns or 80        # 0: nobody has told the terminal its size
-                text = cut(text, room - 1 - cells(clock))
-        text += clock
-        self._painted = time.monotonic()
-        self._err("\r\x1b[K" + (f"\x1b[2m{text}\x1b[0m" if self._colour and end else text), end)
-
-    def end_step(self) -> None:
-        """The live line, if there is one, becomes an ordinary one."""
-        with self._lock:
-            if self._step:
-                self._paint("\n")
-            self._step = None
-
     def step(self, text: str) -> None:
-        """A step has begun: one line, alive until the next."""
+        """A step begins: one line, which is live until the next one."""
         with self._lock:
             self.end_step()
-            if self._live and not self.quiet:
-                self._step, self._progress = (printable(text), time.monotonic()), ""
-                self._paint()
-            elif not self.quiet:
-                self._err(printable(text))
+            if self.quiet:
+                return
+            if self._is_live:
+                self._begin(printable(text))
+            else:
+                self._write_line(printable(text))
+
+    def _begin(self, text: str) -> None:
+        self._step = text
+        self._progress = ""
+        self._began = time.monotonic()
+        self._paint()
 
     def progress(self, text: str) -> None:
-        """Shown behind the step's name, where that line is alive."""
-        self._progress = text
+        """How far the step has come; shown after its name in a live line."""
+        self._progress = printable(text)
 
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
         with self._lock:
-            if self._step and time.monotonic() - self._painted > 0.5:
+            if self._step is not None and time.monotonic() - self._painted > self.REPAINT_AFTER:
                 self._paint()
 
-    def note(self, text: str, *, needed: bool = False) -> None:
-        """A line for the person that is no result; `needed`: -q does not silence it, since a question is about it."""
+    def end_step(self) -> None:
+        """Turns the live line, if there is one, into an ordinary one."""
         with self._lock:
-            if needed or not self.quiet:
-                self.end_step()
-                self._err(printable(text))
+            if self._step is None:
+                return
+            line = self._step + self._clock()
+            if self._has_colour:
+                line = f"{self.DIM}{line}{self.NORMAL}"
+            self._write_line(self.ERASE_LINE + line)
+            self._step = None
+
+    def _paint(self) -> None:
+        """Paints the live line. It must not wrap, because only one row can be painted over."""
+        clock = self._clock()
+        room = self._stderr_width() - 1 - display_width(clock)
+        line = truncate(self._step or "", room) + clock
+        self._write(self.ERASE_LINE + line)
+        self._painted = time.monotonic()
+
+    def _clock(self) -> str:
+        """The progress and the seconds of the current step, for the end of its line. Empty in its first second."""
+        elapsed = time.monotonic() - self._began
+        if elapsed < 0.95:
+            return ""
+        if not self._progress:
+            return f"  {elapsed:.0f} s"
+        return f"  {self._progress} {elapsed:.0f} s"
+
+    @staticmethod
+    def _stderr_width() -> int:
+        try:
+            columns = os.get_terminal_size(2).columns
+        except OSError:
+            columns = 0
+        # A terminal whose size was never set reports 0 columns.
+        return columns or 80
+
+    def note(self, text: str, *, needed: bool = False) -> None:
+        """A line for the person that is not a result. -q hides it unless it is `needed`, as before a question."""
+        if self.quiet and not needed:
+            return
+        with self._lock:
+            self.end_step()
+            self._write_line(printable(text))
+
+    def ready(self, text: str) -> None:
+        """A last line that says what is ready and what to type next. Only on a terminal, and not with -q."""
+        if self._is_terminal:
+            self.note(text)
 
     def warn(self, text: str) -> None:
-        """Something that the person should know, though it goes on."""
+        """Something that the person should know. The work continues."""
         with self._lock:
             self.end_step()
-            self._err(f"kodemachine: warning: {printable(text)}")
+            self._write_line(f"kodemachine: warning: {printable(text)}")
 
     def trace(self, text: str) -> None:
-        """With -v: each call to the outside."""
-        if self.verbose:
-            with self._lock:
-                self.end_step()
-                self._err(f"+ {printable(text)}")
-
-    def error(self, failure: KodeError) -> None:
-        """What failed, and below it what to do next; with --json one object."""
-        message, hint = printable(failure.message), printable(failure.hint)
-        name = "\x1b[31mkodemachine:\x1b[0m" if self._colour else "kodemachine:"
+        """A call to an external program. Shown with -v."""
+        if not self.verbose:
+            return
         with self._lock:
             self.end_step()
-            self._err(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}) if self.as_json
-                      else f"{name} {message}" + (f"\n  {hint}" if hint else ""))
+            self._write_line(f"+ {printable(text)}")
+
+    def error(self, failure: KodeError) -> None:
+        """Shows the message of a failure and its hint; with --json one JSON object."""
+        message = printable(failure.message)
+        hint = printable(failure.hint)
+        if self.as_json:
+            text = json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}})
+        else:
+            text = self._explanation(message, hint)
+        with self._lock:
+            self.end_step()
+            self._write_line(text)
+
+    def _explanation(self, message: str, hint: str) -> str:
+        name = "kodemachine:"
+        if self._has_colour:
+            name = f"{self.RED}{name}{self.NORMAL}"
+        text = f"{name} {message}"
+        for line in hint.splitlines():
+            text += f"\n  {line}"
+        return text
+
+    def _write_line(self, text: str) -> None:
+        self._write(text + "\n")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        """Writes to stderr. A terminal that is gone neither stops the work nor makes the exit fail."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            discard_output(2)
 
     def raw(self, out: bytes, err: bytes = b"") -> None:
-        """Bytes for our two streams, as they are. Raises BrokenPipeError when nobody reads, or KodeError."""
+        """Writes bytes to stdout and stderr unchanged. Raises BrokenPipeError when nobody reads, or KodeError."""
         self.end_step()
         try:
             sys.stderr.buffer.write(err)
@@ -4443,28 +5498,31 @@ class Out(Notes):
         except BrokenPipeError:
             raise
         except OSError as failure:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # or the flush at exit fails once more
-            raise KodeError(f"the output cannot be written: {failure.strerror}", "Mend that, then try again.") from None
+            # Or the flush at exit would fail again.
+            discard_output(1)
+            raise KodeError(f"the output cannot be written: {failure.strerror}",
+                            "Fix that and run the command again.") from None
 
     def result(self, text: str) -> None:
-        """A result."""
+        """Writes a result to stdout. Raises as `raw` does."""
         self.raw((printable(text) + "\n").encode())
 
     def json(self, value: object) -> None:
-        """A result for a program."""
+        """Writes a result for a program to stdout, as JSON. Raises as `raw` does."""
         self.result(json.dumps(value, indent=1))
 
     @staticmethod
     def fits(text: str) -> bool:
-        """Whether whoever reads stdout can be shown these characters, going by its encoding."""
+        """Whether the encoding of stdout has these characters."""
         try:
-            return bool(text.encode(sys.stdout.encoding))
+            text.encode(sys.stdout.encoding)
         except (UnicodeEncodeError, LookupError):
             return False
+        return True
 
     @property
     def width(self) -> int | None:
-        """Columns of the terminal that stdout is; None if it is none."""
+        """Columns of the terminal on stdout; None if it is not a terminal, or reports no size."""
         try:
             return os.get_terminal_size(1).columns or None
         except OSError:
@@ -4472,129 +5530,229 @@ class Out(Notes):
 
     @property
     def can_ask(self) -> bool:
-        """Whether there is a person at a terminal."""
+        """Whether a person can answer a question on the terminal."""
         return sys.stdin.isatty() and sys.stderr.isatty()
 
     def must_be_able_to_ask(self, what: str) -> None:
-        """Raises UsageError if there is no terminal to confirm `what` on."""
+        """Raises UsageError if there is no terminal on which the person can confirm `what`."""
         if not self.can_ask:
             raise UsageError(f"{what} needs a yes, and there is no terminal to ask on",
-                             "Add -y to go ahead without a question.")
+                             "Add -y to continue without a question.")
 
     def confirm(self, question: str, what: str) -> bool:
-        """Asks on the terminal. Raises UsageError if there is none: nothing is done unasked."""
+        """Asks a yes-no question on the terminal. Raises UsageError if there is no terminal."""
         self.end_step()
         self.must_be_able_to_ask(what)
-        self._err(f"{printable(question)} [y/N] ", "")
+        self._write(f"{printable(question)} [y/N] ")
         answer = ""
         try:
             answer = sys.stdin.readline()
         finally:
+            # After Ctrl-C or Ctrl-D the cursor is still in the line of the question.
             if not answer:
-                self._err("")           # Ctrl-C or Ctrl-D: what follows begins a line
+                self._write("\n")
         return answer.strip().lower() in ("y", "yes")
-
-
 # ---- commands
 
 
 class Context(NamedTuple):
-    """What a command works with."""
+    """The layers that a command works with."""
 
     manager: Manager
-    out: Out
+    out: Terminal
     interrupts: Interrupts
     config: Config
 
 
 Arguments = argparse.Namespace
+# One argument of a command: its names, and the keywords of argparse's add_argument.
 Option = tuple[tuple[str, ...], dict[str, Any]]
+Run = Callable[[Context, Arguments], int]
 
 
 class Command(NamedTuple):
-    """One entry of the command table."""
+    """One entry of the command table. `examples` are command lines without the name of the program."""
 
-    run: Callable[[Context, Arguments], int]
+    run: Run
     options: tuple[Option, ...]
     aliases: tuple[str, ...]
     hidden: bool
-    examples: tuple[str, ...]       # command lines, without the program's name
+    examples: tuple[str, ...]
 
 
-COMMANDS: dict[str, Command] = {}      # "base seal" is the command `seal` of the group `base`
-GROUPS = {"base": "golden images: show, choose, seal and create them"}
-
-
-# The headings of the help, and the commands below them; those that stand nowhere come last.
-TOPICS = {"work in a machine": "start ssh exec cp attach", "see what there is": "list status ip doctor",
-          "turn off, keep, clear away": "stop suspend resume clone delete purge",
-          "images, settings, other tools": "base config ssh-config completion help"}
+# By name. "base seal" is the command `seal` of the group `base`.
+COMMANDS: dict[str, Command] = {}
+GROUPS = {"base": "golden images: list, choose, seal and create them"}
 
 
 def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False,
-            examples: Sequence[str] = ()) -> \
-        Callable[[Callable[[Context, Arguments], int]], Callable[[Context, Arguments], int]]:
-    """Enters a function in the command table; the first line of its docstring is its help."""
-    def enter(run: Callable[[Context, Arguments], int]) -> Callable[[Context, Arguments], int]:
+            examples: Sequence[str] = ()) -> Callable[[Run], Run]:
+    """Adds a function to the command table. The first line of its docstring is the command's help."""
+    def add(run: Run) -> Run:
         COMMANDS[name] = Command(run, options, tuple(aliases), hidden, tuple(examples))
         return run
-    return enter
+    return add
 
 
 def option(*names: str, **how: Any) -> Option:
-    """One argument of a command, as argparse takes it. What the help calls its value is what Tab offers (WORDS)."""
+    """One argument of a command, with argparse's keywords. Completion goes by its metavar or name."""
     return names, how
 
 
-def all_names() -> set[str]:
-    """What can be explained: every command and alias, and the groups of those of two words."""
-    names = set(GROUPS) & {name.partition(" ")[0] for name in COMMANDS}
+def spellings() -> dict[str, str]:
+    """All names of all commands, with the name in the table: `base ls` means `base list`."""
+    found = {}
     for name, entry in COMMANDS.items():
         group, blank, _ = name.rpartition(" ")
-        names |= {name, *(group + blank + alias for alias in entry.aliases)}
-    return names
+        found[name] = name
+        for alias in entry.aliases:
+            found[group + blank + alias] = name
+    return found
 
 
-def takes_label(name: str) -> bool:
-    """Whether that is a command, or an alias of one, behind which a label stands."""
-    return any(names[0] in ("label", "labels") for command, entry in COMMANDS.items()
-               for names, _ in entry.options if name in (command, *entry.aliases))
+def command_words() -> set[str]:
+    """The first words of the commands that are shown to people, without aliases."""
+    return {name.partition(" ")[0] for name, entry in COMMANDS.items() if not entry.hidden}
+
+
+def operands_of(name: str) -> list[Option]:
+    """The arguments of a command that are not options."""
+    return [(names, how) for names, how in COMMANDS[name].options if not names[0].startswith("-")]
+
+
+# -- mistakes on the command line
+
+
+def command_line(words: Sequence[str], rest: Sequence[str] | None = None) -> str:
+    """A command line that can be pasted into a shell."""
+    text = "kodemachine " + shlex.join(words)
+    return text if rest is None else f"{text} -- {shlex.join(rest)}"
+
+
+def takes_operands(name: str, operands: Sequence[str]) -> bool:
+    """Whether a command of the table can be run with just these operands."""
+    wanted = operands_of(name)
+    counts = [how.get("nargs") for _, how in wanted]
+    is_variadic = "*" in counts or "+" in counts
+    if len(operands) < counts.count(None) or (len(operands) > len(wanted) and not is_variadic):
+        return False
+    if name == "cp":
+        return len(operands) > 1 and any(":" in path for path in operands)
+    if name == "start":
+        return len(operands) == 1
+    if "labels" in [names[0] for names, _ in wanted]:
+        return bool(operands)
+    choices = wanted[0][1].get("choices") if wanted else None
+    return name != "exec" and not (choices and operands and operands[0] not in choices)
+
+
+def corrected(name: str, operands: Sequence[str]) -> str:
+    """The command line that was probably meant: the command with these operands, or else its help."""
+    if name in ("ssh", "exec") and len(operands) > 1:
+        return command_line([name, operands[0]], operands[1:])
+    if name == "clone" and len(operands) == 1:
+        return command_line([name, operands[0], operands[0] + "-2"])
+    if name in COMMANDS and takes_operands(name, operands):
+        return command_line([name, *operands])
+    if name in COMMANDS or name in GROUPS:
+        return f"See: {command_line(['help', name])}"
+    # An option, such as --version.
+    return command_line([name])
+
+
+def takes_label(word: str) -> bool:
+    """Whether a word is a command whose first operand is a label."""
+    name = spellings().get(word)
+    operands = operands_of(name) if name else []
+    return bool(operands) and operands[0][0][0] in ("label", "labels")
+
+
+# Words of tools that share folders.
+SHARING_WORDS = ("mount", "share", "sync", "rsync")
+
+
+def no_shared_folders(words: Sequence[str]) -> UsageError:
+    """The error for an attempt to share a folder with a machine."""
+    copy = command_line(["help", "cp"])
+    if len(words) == 2 and LABEL.fullmatch(words[1]):
+        copy = command_line(["cp", "-r", words[0], words[1] + ":"])
+    return UsageError("there are no shared folders: no folder of the Mac is in a guest",
+                      f"To copy files: {copy}; for rsync: kodemachine ssh-config --install")
+
+
+def unknown_command(word: str, operands: Sequence[str]) -> UsageError:
+    """The error for words after one that is not a command. It may be a label, which must be alone."""
+    if word in SHARING_WORDS:
+        return no_shared_folders(operands)
+    inside = command_line([word], operands)
+    if takes_label(operands[0]):
+        name = spellings()[operands[0]]
+        meant = corrected(name, [word, *operands[1:]])
+        return UsageError("the command comes before the label", f"{meant}; or, to run it in that machine: {inside}")
+    near = near_command(word, command_words())
+    if near:
+        return UsageError(f"unknown command {word!r}; did you mean {near!r}?", corrected(near, operands))
+    hint = f"To run a command in that machine: {inside}"
+    if RESERVED.isdisjoint(operands):
+        hint += f"; to start several: {command_line(['start', '-d', word, *operands])}"
+    return UsageError(f"unknown command {word!r}", hint)
+
+
+# -- types of arguments, for argparse
 
 
 def seconds(text: str) -> float:
-    """A positive number of seconds."""
+    """A positive number of seconds. Raises ArgumentTypeError."""
     if not re.fullmatch(r"\d{1,6}(?:\.\d+)?|\.\d+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return float(text)
 
 
 def count(text: str) -> int:
-    """A number of CPUs."""
+    """A number of CPUs. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9]\d{0,2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999")
     return int(text)
 
 
 def port_index(text: str) -> int:
-    """The number of a serial port."""
+    """The number of a serial port. Raises ArgumentTypeError."""
     if not re.fullmatch(r"\d{1,2}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 99")
     return int(text)
 
 
 def mebibytes(text: str) -> int:
-    """A size of memory, in MiB."""
+    """A size of memory, in MiB. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
-        if 32 <= parse_size(text) >> 20 < 1 << 24:
-            return parse_size(text) >> 20
-    raise argparse.ArgumentTypeError(f"{text!r} is no size of memory, such as 4G or 512M")
+        size = parse_size(text) >> 20
+        if 32 <= size < 1 << 24:
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory, such as 4G or 512M")
+
+
+def disk_size(text: str) -> int:
+    """A size of a disk, in bytes: whole MiB. Raises ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        size = parse_size(text)
+        if 1 << 30 <= size < 1 << 46:
+            return size >> 20 << 20
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size of a disk, such as 64G")
 
 
 def period(text: str) -> float:
-    """A length of time, in seconds."""
+    """A length of time, in seconds. Raises ArgumentTypeError."""
     with contextlib.suppress(ValueError):
         return parse_age(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no length of time, such as 12h or 7d")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a length of time, such as 12h or 7d")
+
+
+def version(text: str) -> str:
+    """The name of the image of that version. Raises ArgumentTypeError."""
+    name = "kodeimage-" + text
+    if not IMAGE.fullmatch(name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version, such as v0.2.0")
+    return name
 
 
 LABEL_ARG = option("label", help="the machine")
@@ -4602,97 +5760,42 @@ LABELS = option("labels", metavar="label", nargs="*", help="the machines")
 ALL = option("--all", action="store_true", help="every clone")
 JSON = option("--json", action="store_true", dest="as_json", help="for programs")
 YES = option("-y", "--yes", action="store_true", help="do not ask")
+SIZE = option("-s", "--size", action="store_true", help="read sizes from UTM's folder; macOS may ask for permission")
+START_TIMEOUT = option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers")
+STOP_TIMEOUT = option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has to shut down")
 
 
-def lend_terminal(ctx: Context, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
-    """Runs ssh as a child in the terminal's foreground, and returns its status as a shell would.
-
-    Ctrl-C and Ctrl-\\ are the child's meanwhile. A signal that asks us to end ends the child first.
-    `stdin`, `stdout`: handles for it in place of ours.
-    """
-    attributes = None
-    if sys.stdin.isatty():
-        import termios
-
-        attributes = termios.tcgetattr(0)
-    pressed: list[int] = []
-    ours = {number: signal.signal(number, lambda number, _: pressed.append(number))
-            for number in (signal.SIGINT, signal.SIGQUIT)}
-    child = None
-    try:
-        with ctx.interrupts.held():         # between its birth and its name here it would be lost
-            child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
-        code = child.wait()
-    except FileNotFoundError:
-        raise KodeError(f"there is no {argv[0]} on PATH", "Install the OpenSSH client.") from None
-    except BaseException:
-        if child:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(5)
-            child.kill()
-            child.wait()
-        raise
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-        if attributes:
-            import termios
-
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSADRAIN, attributes)
-    if pressed and code == 255:         # ssh takes the signal, and ends by itself
-        return 128 + pressed[0]
-    return 128 - code if code < 0 else code
+# -- labels of a command
 
 
-def become(argv: Sequence[str]) -> NoReturn:
-    """Replaces this process with ssh. The locks fall with the exec: their handles are not inherited."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)       # Python ignores them, and that would be inherited
-    try:
-        os.execvp(argv[0], list(argv))
-    except OSError as failure:
-        raise KodeError(f"{argv[0]} cannot be run: {failure.strerror}", "It is looked for on PATH.") from None
+def chosen(ctx: Context, opts: Arguments, fits: Callable[[Machine], bool] = lambda machine: True) -> list[str]:
+    """The labels on the command line, each once; with --all those of the clones that fit. Raises UsageError."""
+    every = getattr(opts, "all", False)
+    if every and opts.labels:
+        raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.name}")
+    if every:
+        clones = ctx.manager.fleet(partial=True).clones
+        return list(dict.fromkeys(str(machine.label) for machine in clones if fits(machine)))
+    if not opts.labels:
+        raise UsageError(f"{opts.name} needs a label", f"See: kodemachine help {opts.name}")
+    return list(dict.fromkeys(ctx.manager.label(text) for text in opts.labels))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 error`, `2 errors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def under_lock(ctx: Context, work: Callable[[str], str]) -> Callable[[str], str]:
-    """`work` on a label whose lock is held meanwhile; its answer follows the label."""
+    """A function that does `work` while it holds the label's lock, and returns the label and the result of `work`."""
     def locked(label: str) -> str:
         with ctx.manager.holding(label):
             return f"{label} {work(label)}"
     return locked
 
 
-def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
-    """Does one thing to several machines, WIDTH at a time; returns the status of the first failure.
-
-    What `work` answers is a line for the person.
-    """
-    def report(line: str) -> None:
-        if line:
-            ctx.out.note(line)
-    if len(labels) == 1:
-        report(work(labels[0]))
-        return 0
-    waiting = list(enumerate(labels))
-    done: dict[int, int] = {}
-    trouble: list[BaseException] = []
-
-    def worker() -> None:
-        while waiting and not trouble:
-            with contextlib.suppress(IndexError):
-                i, label = waiting.pop(0)
-                try:
-                    report(work(label))
-                    done[i] = 0
-                except KodeError as failure:
-                    ctx.out.error(failure)
-                    done[i] = failure.status
-                except BaseException as failure:        # a bug or an interruption: the main thread's to raise
-                    trouble.append(failure)
-
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(WIDTH, len(labels)))]
+def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
+    """Runs threads to their end. An interruption first ends their calls, so that they can end."""
     try:
         for thread in threads:
             thread.start()
@@ -4701,219 +5804,335 @@ def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int
                 thread.join(0.2)
                 ctx.out.tick()
     except BaseException:
-        ctx.manager.utm.close()         # ends their calls, so that they come to their end
+        ctx.manager.utm.close()
         for thread in threads:
-            thread.join(2)
+            if thread.ident is not None:
+                thread.join(2)
         raise
-    if trouble:
-        raise trouble[0]
-    return next((done[i] for i in sorted(done) if done[i]), 0)
 
 
-def chosen(ctx: Context, opts: Arguments, fit: Callable[[Row], bool] = lambda row: True) -> list[str]:
-    """The labels on the command line, each once, or those of all fitting clones with --all. Raises UsageError."""
-    manager, all_of_them = ctx.manager, getattr(opts, "all", False)
-    if all_of_them and opts.labels:
-        raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.command}")
-    if all_of_them:
-        return [str(manager.label_of(row.name)) for row in manager.clones(manager.utm.rows(partial=True)) if fit(row)]
-    if not opts.labels:
-        raise UsageError(f"{opts.command} needs a label", f"See: kodemachine help {opts.command}")
-    return list(dict.fromkeys(manager.label(text) for text in opts.labels))
+def in_threads(ctx: Context, labels: Sequence[str], work: Callable[[str], None]) -> int:
+    """Does `work` for each label in WIDTH threads. A KodeError is shown; any other exception is raised at the end."""
+    waiting = list(labels)
+    statuses: dict[str, int] = {}
+    unexpected: list[BaseException] = []
+
+    def run_waiting() -> None:
+        while waiting and not unexpected:
+            try:
+                label = waiting.pop(0)
+            except IndexError:
+                # Another thread has taken the last one.
+                return
+            try:
+                work(label)
+            except KodeError as failure:
+                ctx.out.error(failure)
+                statuses[label] = failure.status
+            except BaseException as failure:
+                unexpected.append(failure)
+
+    threads = [threading.Thread(target=run_waiting, daemon=True) for _ in range(min(WIDTH, len(labels)))]
+    join_all(ctx, threads)
+    if unexpected:
+        raise unexpected[0]
+    failed = [statuses[label] for label in labels if label in statuses]
+    return failed[0] if failed else 0
 
 
-def wishes_of(opts: Arguments) -> Wishes:
-    """What the options of `start` ask for. Raises UsageError for those that exclude each other."""
+def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+    """Does `work` for each label, for WIDTH of them at a time, and returns the status of the first failure.
+
+    The result of `work` is a line for the person.
+    """
+    def report(label: str) -> None:
+        line = work(label)
+        if line:
+            ctx.out.note(line)
+    if len(labels) == 1:
+        report(labels[0])
+        return 0
+    return in_threads(ctx, labels, report)
+
+
+# -- ssh in the foreground
+
+
+def exec_ssh(argv: Sequence[str]) -> NoReturn:
+    """Replaces this process with ssh or scp. That releases the locks: their handles are not inherited."""
+    # Python ignores these two, and the new program would inherit that.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(argv[0], list(argv))
+    except OSError as failure:
+        raise KodeError(f"{argv[0]} cannot be run: {failure.strerror}", "Install OpenSSH on PATH.") from None
+
+
+@contextlib.contextmanager
+def terminal_attributes() -> Iterator[None]:
+    """Restores the attributes of the terminal on stdin at the end."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(0)
+    try:
+        yield
+    finally:
+        # The terminal may be gone.
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def ignored_keys() -> Iterator[list[int]]:
+    """Leaves Ctrl-C and Ctrl-\\ to a child in the foreground. Yields a list of the signals that arrive meanwhile."""
+    pressed: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGQUIT)
+    before = {number: signal.signal(number, lambda number, _: pressed.append(number)) for number in numbers}
+    try:
+        yield pressed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_child(child: subprocess.Popen[bytes]) -> None:
+    """Asks a child to end, and kills it after 5 s."""
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(5)
+    child.kill()
+    child.wait()
+
+
+def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
+    """Runs ssh as a child in the terminal's foreground, and returns its status as a shell does.
+
+    A signal that ends this program ends the child first. `stdin`, `stdout`: handles instead of the standard ones.
+    Raises KodeError if there is no ssh.
+    """
+    child = None
+    with terminal_attributes(), ignored_keys() as pressed:
+        try:
+            # A child that was just started and has no name here yet could not be ended.
+            with ctx.interrupts.held():
+                child = subprocess.Popen(list(argv), stdin=stdin, stdout=stdout)
+            code = child.wait()
+        except FileNotFoundError:
+            raise KodeError(f"{argv[0]} is not on PATH", "Install OpenSSH on PATH.") from None
+        except BaseException:
+            if child:
+                end_child(child)
+            raise
+    # ssh handles the key's signal itself, and then ends with 255.
+    if pressed and code == 255:
+        return 128 + pressed[0]
+    return code if code >= 0 else 128 - code
+
+
+def guest_command(rest: Sequence[str] | None) -> list[str]:
+    """The words after `--` as ssh takes them: one word is a command line for the guest's shell, several are quoted."""
+    words = list(rest or [])
+    return words if len(words) < 2 else [shlex.join(words)]
+
+
+def connect(ctx: Context, vm: VM, address: str, rest: Sequence[str] | None) -> NoReturn:
+    """Replaces this process with an ssh session."""
+    argv = ctx.manager.ssh.argv(vm, address, guest_command(rest))
+    ctx.out.end_step()
+    exec_ssh(argv)
+
+
+# -- start
+
+
+def start_then_run(labels: Sequence[str], rest: Sequence[str]) -> str:
+    """The hint for somebody who wants to start machines and run a command in them."""
+    hint = f"Start first: {command_line(['start', '-d', *labels])}"
+    for label in labels:
+        hint += f"; then: {command_line([label], rest or None)}"
+    return hint
+
+
+def detach_with_command(labels: Sequence[str], rest: Sequence[str]) -> UsageError:
+    """The error for --detach with a command."""
+    return UsageError("--detach and a command exclude each other", start_then_run(labels, rest))
+
+
+def start_options(opts: Arguments) -> StartOptions:
+    """The options of `start`. Raises UsageError for those that exclude each other."""
     if opts.rm and opts.detach:
-        raise UsageError("--rm and --detach exclude each other: the session's end is what deletes the machine",
-                         "To keep it, without --rm: kodemachine start -d LABEL")
+        raise UsageError("--rm and --detach exclude each other: --rm deletes the machine when its session ends",
+                         f"To keep the machine: {command_line(['start', '-d', *opts.labels])}")
     if opts.rm and opts.fresh:
-        raise UsageError("--rm and --fresh exclude each other: --rm only deletes a machine that it made itself",
-                         "To delete it first: kodemachine delete --force LABEL")
+        raise UsageError("--rm and --fresh exclude each other: --rm is only for a machine that this command creates",
+                         f"To delete the old machine first: {command_line(['delete', '--force', *opts.labels])}")
     if opts.detach and opts.rest is not None:
-        raise UsageError("--detach and a command exclude each other",
-                         "Start it first, then: kodemachine LABEL -- command")
-    return Wishes(opts.base, opts.cpus, opts.memory, opts.disposable, opts.gui, opts.timeout, opts.rm, True, opts.bare)
+        raise detach_with_command(opts.labels, opts.rest)
+    return StartOptions(base=opts.base, cpus=opts.cpus, memory=opts.memory, timeout=opts.timeout, only_new=opts.rm,
+                        bare=opts.bare, commands=tuple(command_words()))
 
 
-def no_command(word: str, *words: str) -> UsageError:
-    """What to say where words follow one that is no command: a label stands alone."""
-    near, others = near_command(word), " ".join(words)
-    inside = f"to run a command in that machine: kodemachine {word} -- {others}"
-    if takes_label(words[0]):
-        return UsageError("the command comes before the label", f"kodemachine {words[0]} {word}; or, {inside}")
-    if near:
-        hint = f"See: kodemachine help {near}"
-        if near not in all_names():             # --version
-            hint = f"kodemachine {near}"
-        elif words[1:] and near in ("ssh", "exec"):
-            hint = f"kodemachine {near} {words[0]} -- {' '.join(words[1:])}"
-        elif takes_label(near) and not (words[1:] and near == "start"):     # whose further words may mean two things
-            hint = f"kodemachine {near} {others}"
-        return UsageError(f"there is no command {word}; did you mean {near!r}?", hint)
-    several = f"; to start several: kodemachine start -d {word} {others}" if RESERVED.isdisjoint(words) else ""
-    return UsageError(f"{word} is no command, and a label stands alone",
-                      inside[0].upper() + inside[1:] + several)
+def check_several(labels: Sequence[str], opts: Arguments) -> None:
+    """Raises UsageError if the options do not permit several labels."""
+    if len(labels) < 2:
+        return
+    if opts.rest is not None:
+        raise UsageError("a command runs in one machine at a time", start_then_run(labels, opts.rest))
+    if not opts.detach:
+        raise UsageError("several labels need --detach", command_line(["start", "-d", *labels]))
+    if (opts.fresh or opts.repin) and not opts.yes:
+        raise UsageError("several labels with --fresh or --repin need -y: one terminal cannot answer for all at once",
+                         "Add -y, or run the command for one label at a time.")
 
 
-@command("start", LABELS,
-         option("-d", "--detach", action="store_true", help="do not connect; print the address"),
-         option("--rm", action="store_true", help="delete the new machine when its session ends"),
-         option("--fresh", action="store_true", help="delete an existing machine first"), YES,
-         option("--disposable", action="store_true", help="drop all writes at power-off"),
-         option("--base", metavar="IMAGE", help="clone this image (a name, a version, or a UUID)"),
-         option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
-         option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
-         option("--repin", action="store_true", help="accept changed host keys, after showing them"),
-         option("--gui", action="store_true", help="do not hide UTM"),
-         option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
-         examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
-def cmd_start(ctx: Context, opts: Arguments) -> int:
-    """clone if missing, start, and connect by ssh, or run what follows -- in it"""
-    wishes = wishes_of(opts)
-    if opts.bare and opts.labels[1:]:
-        raise no_command(*opts.labels)
-    labels = chosen(ctx, opts)
-    if len(labels) > 1 and not opts.detach:
-        raise UsageError("several labels need --detach", f"kodemachine start -d {' '.join(labels)}")
-    if len(labels) > 1 and (opts.fresh or opts.repin) and not opts.yes:
-        raise UsageError("several labels with --fresh or --repin need -y: there is one terminal to ask on",
-                         "Add -y, or name one label at a time.")
-    if len(labels) > 1:
-        return start_several(ctx, labels, wishes, opts)
-    if opts.rm:
-        return throw_away(ctx, labels[0], wishes, opts)
-    with ctx.manager.holding(labels[0]):
-        vm, address = ready(ctx, labels[0], wishes, opts)
-        furnish(ctx, vm, address)
-        if opts.detach:
-            ctx.out.result(address)
-            return 0
-        hand_over(ctx, vm, address, opts)
+def delete_existing(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> bool:
+    """--fresh: deletes the machine of that label, after checking that a new one can be made.
+
+    Returns whether there was one. Raises KodeError if the person says no.
+    """
+    manager, out = ctx.manager, ctx.out
+    fleet = manager.fleet()
+    machine = fleet.get(label)
+    if machine is None:
+        return False
+    manager.base_for_new(fleet, options.base)
+    question = f"Delete {machine.name} ({machine.power.word}) and create it again?"
+    if not opts.yes and not out.confirm(question, "--fresh"):
+        raise KodeError("nothing was changed")
+    out.step(f"deleting {machine.name}")
+    manager.delete(manager.vm(machine), force=True)
+    return True
 
 
-def ready(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> tuple[VM, str]:
-    """The machine of that label, up and answering, and its address."""
+def repin(ctx: Context, vm: VM, opts: Arguments) -> None:
+    """--repin: reads the host keys through the guest agent, which no network can forge, shows them, and asks.
+
+    Raises KodeError.
+    """
+    manager, out = ctx.manager, ctx.out
+    identity = manager.read_identity(vm, needed=True)
+    if not identity or not identity.host_keys:
+        raise KodeError(f"the guest agent reports no host keys of {vm.name}; nothing was changed",
+                        f"Check on its console that qemu-guest-agent runs: kodemachine attach {vm.label}")
+    pinned = manager.state.pinned(vm.name)
+    if pinned == identity.host_keys:
+        out.note(f"the host keys of {vm.name} are the pinned ones")
+        return
+    for title, keys in (("pinned", pinned), ("now", identity.host_keys)):
+        for key in keys:
+            out.note(f"{title:7} {fingerprint(key)}", needed=not opts.yes)
+    if not opts.yes and not out.confirm(f"Pin the new keys of {vm.name}?", "--repin"):
+        raise KodeError("nothing was changed")
+    manager.state.pin(vm.name, identity.host_keys)
+    vm.remember(machine_id=printable(identity.machine_id))
+
+
+def ready(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> tuple[VM, str]:
+    """The machine of that label, with its ssh server answering, and its address. The caller holds its lock."""
     if opts.fresh:
-        existed = make_room(ctx, label, wishes, opts)       # what a machine was called is no typo of a command
-        wishes = wishes._replace(bare=wishes.bare and not existed,
-                                 afterwards="the same command, without --fresh, takes it from there")
-    vm, call = ctx.manager.obtain(label, wishes)
-    address = ctx.manager.bring_up(vm, label, wishes, call)
+        has_existed = delete_existing(ctx, label, options, opts)
+        # A label that a machine had is not a mistyped command.
+        options = options._replace(bare=options.bare and not has_existed,
+                                   afterwards="run the same command without --fresh to continue")
+    vm, call = ctx.manager.find_or_clone(label, options)
+    address = ctx.manager.start(vm, options, call)
     if opts.repin:
-        repin(ctx, vm, label, opts)
+        repin(ctx, vm, opts)
     return vm, address
 
 
-def start_several(ctx: Context, labels: Sequence[str], wishes: Wishes, opts: Arguments) -> int:
-    """Starts them at the same time; then first_boot where it is due, one after the other: there is one terminal."""
-    due: dict[str, tuple[VM, str]] = {}
-
-    def start(label: str) -> str:
-        with ctx.manager.holding(label):
-            vm, address = ready(ctx, label, wishes, opts)
-        if ctx.manager.first_boot(vm):
-            due[label] = vm, address
-        else:
-            ctx.out.result(f"{label} {address}")
-        return ""
-    status = each(ctx, labels, start)
-    for label in filter(due.__contains__, labels):
-        vm, address = due[label]
-        try:
-            with ctx.manager.holding(label):
-                furnish(ctx, vm, address)
-            ctx.out.result(f"{label} {address}")
-        except KodeError as failure:
-            ctx.out.error(failure)
-            status = status or failure.status
-    return status
+def due_script(ctx: Context, vm: VM) -> str | None:
+    """The path of the first_boot script, if the machine has not run it yet."""
+    if vm.record.first_boot != "pending":
+        return None
+    return ctx.manager.settings.first_boot
 
 
-def furnish(ctx: Context, vm: VM, address: str) -> None:
-    """Runs the first_boot script in a new machine, as the user, over ssh; what it says goes to our stderr.
+# The script arrives on stdin as a whole and is run from a file: then its #! line counts, and it cannot read itself.
+RUN_SCRIPT = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chmod 700 "$file" || exit; '
+              'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
 
-    It arrives on ssh's stdin as a whole and is run from a file, so that its #! line counts and it cannot read itself.
-    Raises KodeError if it fails; then it is still due. Callers hold the label's lock.
+
+def first_boot_failed(vm: VM, path: str, code: int) -> KodeError:
+    """The error for a first_boot script that ended with a status other than 0."""
+    hint = (f"The machine is kept. To run the script again: kodemachine {vm.label}; to look inside: "
+            f"kodemachine ssh {vm.label}; to start without it: kodemachine config unset first_boot")
+    if vm.record.is_temporary:
+        hint = f"Fix {path} and run the command again."
+    return KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}", hint)
+
+
+def run_first_boot(ctx: Context, vm: VM, address: str) -> None:
+    """Runs the first_boot script in a new machine, as the user, over ssh. Its output goes to stderr.
+
+    A script that failed is still due: raises KodeError. The caller holds the label's lock.
     """
-    path = ctx.manager.first_boot(vm)
+    path = due_script(ctx, vm)
     if not path:
         return
-    script = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chmod 700 "$file" || exit; '
-              'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
-    handoff = ctx.manager.handoff
-    ssh, *words = handoff.argv(vm, address, [shlex.join(["exec", "sh", "-c", script])], handoff.pin(vm))
+    program, *words = ctx.manager.ssh.argv(vm, address, [shlex.join(["exec", "sh", "-c", RUN_SCRIPT])])
     ctx.out.step(f"running {path} in {vm.name}")
     ctx.out.end_step()
     with open_script(path) as file:
-        code = lend_terminal(ctx, [ssh, "-T", *words], file.fileno(), 2)
+        code = run_foreground(ctx, [program, "-T", *words], file.fileno(), 2)
     if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
         raise Interrupted(code - 128)
     if code:
-        label = ctx.manager.label_of(vm.name)
-        raise KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}",
-                        "" if ctx.manager.record_of(vm.uuid).get("rm") else
-                        f"The machine stays. To run it once more: kodemachine {label}; to look inside: kodemachine ssh "
-                        f"{label}; to do without: kodemachine config set first_boot ''")
-    ctx.manager.first_boot_done(vm)
+        raise first_boot_failed(vm, path, code)
+    vm.remember(first_boot="done")
 
 
-def hand_over(ctx: Context, vm: VM, address: str, opts: Arguments) -> NoReturn:
-    """Becomes ssh."""
-    pinned = ctx.manager.handoff.pin(vm)
-    ctx.out.end_step()
-    become(ctx.manager.handoff.argv(vm, address, opts.rest or [], pinned))
+def start_several(ctx: Context, labels: Sequence[str], prepare: Prepare) -> int:
+    """Prepares several machines at the same time. first_boot has the terminal, so it runs in one after the other."""
+    due: dict[str, tuple[VM, str]] = {}
+    started: list[str] = []
+
+    def report(label: str, address: str) -> None:
+        started.append(label)
+        ctx.out.result(f"{label} {address}")
+
+    def start(label: str) -> str:
+        with ctx.manager.holding(label):
+            vm, address = prepare(label)
+        if due_script(ctx, vm):
+            due[label] = vm, address
+        else:
+            report(label, address)
+        return ""
+
+    status = each(ctx, labels, start)
+    for label in [label for label in labels if label in due]:
+        vm, address = due[label]
+        try:
+            with ctx.manager.holding(label):
+                run_first_boot(ctx, vm, address)
+            report(label, address)
+        except KodeError as failure:
+            ctx.out.error(failure)
+            status = status or failure.status
+    if started:
+        ctx.out.ready(f"ready: {', '.join(started)}; to connect: kodemachine ssh {started[0]}")
+    return status
 
 
-def make_room(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> bool:
-    """--fresh: deletes the machine of that label, once it is sure that another can be made; false: there is none."""
-    manager = ctx.manager
-    rows = manager.utm.rows()
-    row = manager.row_of(rows, label)
-    if row:
-        manager.base_for_new(rows, wishes.base)
-        if not opts.yes and not ctx.out.confirm(f"Delete {row.name} ({row.power.value}) and make it anew?", "--fresh"):
-            raise KodeError("nothing was changed")
-        ctx.out.step(f"deleting {row.name}")
-        manager.delete(VM(manager.utm, row), force=True)
-    return row is not None
+def start_detached(ctx: Context, labels: Sequence[str], prepare: Prepare) -> int:
+    """Prepares machines, runs first_boot where it is due, and prints their addresses."""
+    if len(labels) > 1:
+        return start_several(ctx, labels, prepare)
+    with ctx.manager.holding(labels[0]):
+        vm, address = prepare(labels[0])
+        run_first_boot(ctx, vm, address)
+    ctx.out.result(address)
+    ctx.out.ready(f"{labels[0]} is ready; to connect: kodemachine ssh {labels[0]}")
+    return 0
 
 
-def repin(ctx: Context, vm: VM, label: str, opts: Arguments) -> None:
-    """--repin: reads the host keys anew through the guest agent, which no network can forge, shows them, and asks."""
-    told = ctx.manager.read_guest(vm, label, needed=True)
-    if not told or not told[0]:
-        raise KodeError(f"the guest agent does not tell the host keys of {vm.name}; nothing was changed",
-                        f"Does it run there? Look at its console: kodemachine attach {label}")
-    old = ctx.manager.record_of(vm.uuid).get("host_keys") or []
-    if old == told[0]:
-        return ctx.out.note(f"the host keys of {vm.name} are the pinned ones")
-    for title, keys in (("pinned", parse_host_keys(old)), ("now", told[0])):
-        for key in keys:
-            ctx.out.note(f"{title:7} {fingerprint(key)}", needed=not opts.yes)
-    if not opts.yes and not ctx.out.confirm(f"Pin the new keys of {vm.name}?", "--repin"):
-        raise KodeError("nothing was changed")
-    ctx.manager.state.record(vm.uuid, name=vm.name, host_keys=told[0], machine_id=told[1] or None)
-
-
-def throw_away(ctx: Context, label: str, wishes: Wishes, opts: Arguments) -> int:
-    """--rm: a session in a new machine, which is deleted at its end, however it ends."""
-    manager = ctx.manager
-    wishes = wishes._replace(afterwards=f"once it is there, delete it: kodemachine delete {label}")
-    with contextlib.ExitStack() as stack:
-        with manager.holding(label):
-            vm, _ = manager.obtain(label, wishes)
-            stack.enter_context(manager.session_lock(vm))
-            stack.callback(throw_out, ctx, vm, label)
-            address = manager.bring_up(vm, label, wishes)
-            furnish(ctx, vm, address)
-            pinned = manager.handoff.pin(vm)
-        ctx.out.end_step()
-        return lend_terminal(ctx, manager.handoff.argv(vm, address, opts.rest or [], pinned))
-
-
-def throw_out(ctx: Context, vm: VM, label: str) -> None:
-    """Deletes a --rm machine; no signal stops that, and a failure names the command to do it by hand."""
+def delete_temporary(ctx: Context, vm: VM, label: str) -> None:
+    """Deletes a --rm machine. Signals do not interrupt it. A failure is a warning with the command to do it later."""
     with ctx.interrupts.held():
         ctx.out.step(f"deleting {vm.name} (--rm)")
         try:
@@ -4921,31 +6140,90 @@ def throw_out(ctx: Context, vm: VM, label: str) -> None:
                 vm.status()
                 ctx.manager.delete(vm, force=True)
         except NotFound:
-            pass                # somebody was faster
+            # Somebody else has deleted it.
+            pass
         except KodeError as failure:
-            ctx.out.warn(f"{vm.name} was not deleted: {failure.message}. By hand: kodemachine delete --force {label}")
+            ctx.out.warn(f"{vm.name} was not deleted: {failure.message.rstrip('.')}. "
+                         f"To delete it: kodemachine delete --force {label}")
         ctx.out.end_step()
 
 
-@command("ssh", LABEL_ARG, option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers"),
-         option("--gui", action="store_true", help="do not hide UTM"),
+def run_temporary(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> int:
+    """--rm: runs a session in a new machine, which is deleted at the end of the session, however it ends."""
+    manager = ctx.manager
+    options = options._replace(afterwards=f"when {label} is there, delete it: kodemachine delete {label}")
+    with contextlib.ExitStack() as stack:
+        with manager.holding(label):
+            vm, call = manager.find_or_clone(label, options)
+            stack.enter_context(manager.session_lock(vm))
+            stack.callback(delete_temporary, ctx, vm, label)
+            address = manager.start(vm, options, call)
+            run_first_boot(ctx, vm, address)
+        argv = manager.ssh.argv(vm, address, guest_command(opts.rest))
+        ctx.out.end_step()
+        return run_foreground(ctx, argv)
+
+
+@command("start", LABELS,
+         option("-d", "--detach", action="store_true", help="do not connect; print the address"),
+         option("--rm", action="store_true", help="delete the new machine when its session ends"),
+         option("--fresh", action="store_true", help="delete an existing machine first"), YES,
+         option("--base", metavar="IMAGE", help="clone this image (a name, a version, or a UUID)"),
+         option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
+         option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
+         option("--repin", action="store_true", help="accept changed host keys, after showing them"),
+         START_TIMEOUT,
+         examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
+def cmd_start(ctx: Context, opts: Arguments) -> int:
+    """clone if missing, start, and connect by ssh, or run the command after --"""
+    if opts.bare and len(opts.labels) > 1:
+        raise unknown_command(opts.labels[0], opts.labels[1:])
+    labels = chosen(ctx, opts)
+    options = start_options(opts)
+    check_several(labels, opts)
+    if opts.rm:
+        return run_temporary(ctx, labels[0], options, opts)
+
+    def prepare(label: str) -> tuple[VM, str]:
+        return ready(ctx, label, options, opts)
+    if opts.detach:
+        return start_detached(ctx, labels, prepare)
+    with ctx.manager.holding(labels[0]):
+        vm, address = prepare(labels[0])
+        run_first_boot(ctx, vm, address)
+        connect(ctx, vm, address, opts.rest)
+
+
+Prepare = Callable[[str], tuple[VM, str]]
+
+
+@command("ssh", LABEL_ARG, START_TIMEOUT,
          examples=["ssh project-alpha", "ssh project-alpha -- tail -f /var/log/syslog"])
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
-    """start if needed and connect, or run what follows --, but never clone"""
+    """start if needed and connect, or run the command after --; never clone"""
     label = ctx.manager.label(opts.label)
-    wishes = Wishes(gui=opts.gui, timeout=opts.timeout, may_clone=False)
+    options = StartOptions(timeout=opts.timeout, may_clone=False)
     with ctx.manager.holding(label):
-        vm, call = ctx.manager.obtain(label, wishes)
-        hand_over(ctx, vm, ctx.manager.bring_up(vm, label, wishes, call), opts)
+        vm, call = ctx.manager.find_or_clone(label, options)
+        address = ctx.manager.start(vm, options, call)
+        connect(ctx, vm, address, opts.rest)
 
 
-@command("exec", LABEL_ARG, option("--input", action="store_true", help="give it our standard input"),
+def standard_input(vm: VM) -> bytes:
+    """All of standard input. Raises UsageError if it is over EXEC_INPUT bytes."""
+    data = sys.stdin.buffer.read(EXEC_INPUT + 1)
+    if len(data) > EXEC_INPUT:
+        raise UsageError(f"--input takes at most {size_text(EXEC_INPUT)}",
+                         f"Copy the file first: kodemachine cp FILE {vm.label}:")
+    return data
+
+
+@command("exec", LABEL_ARG, option("--input", action="store_true", help="pass standard input to the command"),
          examples=["exec project-alpha -- ip addr", "exec project-alpha --input -- tee /etc/motd"])
 def cmd_exec(ctx: Context, opts: Arguments) -> int:
-    """run what follows -- as root through the guest agent, without network or ssh"""
+    """run the command after -- as root through the guest agent, without network or ssh"""
     if not opts.rest:
-        raise UsageError("exec needs a command after --",
-                         f"Such as: kodemachine exec {opts.label} -- ip addr")
+        raise UsageError("exec needs a command after --", f"For example: kodemachine exec {opts.label} -- ip addr")
     if opts.input and sys.stdin.isatty():
         raise UsageError("--input takes a file or a pipe, not a terminal",
                          f"For a terminal: kodemachine ssh {opts.label}")
@@ -4955,28 +6233,11 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
                              "Copy the file with kodemachine cp, and name it with a pattern.")
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power is not Power.STARTED:
-        raise WrongState(f"{vm.name} is {vm.power.value}", f"Start it: kodemachine start -d {opts.label}")
-    data = sys.stdin.buffer.read(EXEC_INPUT + 1) if opts.input else b""
-    if len(data) > EXEC_INPUT:
-        raise UsageError(f"--input takes at most {size_text(EXEC_INPUT)}",
-                         f"Copy the file first: kodemachine cp FILE {opts.label}:")
+        raise WrongState(f"{vm.name} is {vm.power.word}", f"Start it: kodemachine start -d {vm.label}")
+    data = standard_input(vm) if opts.input else b""
     code, out, err = vm.run(opts.rest, data)
     ctx.out.raw(out, err)
     return code
-
-
-@command("clone", LABEL_ARG, option("new", help="the label of the copy"),
-         examples=["clone project-alpha project-beta"])
-def cmd_clone(ctx: Context, opts: Arguments) -> int:
-    """copy a stopped machine as it is, to one of another label"""
-    label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
-    if label == new:
-        raise UsageError(f"{label} cannot be a copy of itself", f"Such as: kodemachine clone {label} {label}-2")
-    first, second = sorted((label, new))        # whoever else takes both takes them in this order
-    with ctx.manager.holding(first), ctx.manager.holding(second):
-        ctx.manager.fork(label, new)
-    ctx.out.note(f"{new} is a copy of {label}; start it: kodemachine {new}")
-    return 0
 
 
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
@@ -4984,243 +6245,95 @@ def cmd_clone(ctx: Context, opts: Arguments) -> int:
          examples=["cp notes.txt project-alpha:", "cp -r project-alpha:results ."])
 def cmd_cp(ctx: Context, opts: Arguments) -> int:
     """copy files to, from and between running machines"""
+    example = "For example: kodemachine cp notes.txt project-alpha:"
     if len(opts.paths) < 2:
-        raise UsageError("cp needs a source and a destination", "Such as: kodemachine cp notes.txt project-alpha:")
+        raise UsageError("cp needs a source and a destination", example)
+    manager, prefix = ctx.manager, ctx.manager.settings.prefix
     labels, operands = [], []
     for path in opts.paths:
-        host, colon, rest = path.partition(":")
+        host, colon, file = path.partition(":")
         if colon and "/" not in host:
-            labels.append(ctx.manager.label(host))
-            path = f"{ctx.manager.settings.prefix}{labels[-1]}:{rest}"
-        operands.append(path)
+            label = manager.label(host)
+            labels.append(label)
+            operands.append(f"{prefix}{label}:{file}")
+        else:
+            operands.append(path)
     if not labels:
-        raise UsageError("none of these paths is in a machine", "Such as: kodemachine cp notes.txt project-alpha:")
+        raise UsageError("none of these paths is in a machine", example)
     pinned = True
     for label in dict.fromkeys(labels):
-        with ctx.manager.holding(label):        # says at once, and in our words, what scp could only guess
-            pinned = ctx.manager.running(label)[2] and pinned
+        # Without this, scp would report a machine that is missing or off in its own, unclear words.
+        with manager.holding(label):
+            _, _, is_known = manager.running(label)
+        pinned = pinned and is_known
     ctx.out.end_step()
-    handoff = ctx.manager.handoff
-    keep_alive = handoff.keep_alive(ctx.manager.settings.prefix + labels[0])
-    options = as_words({**handoff.name_options(pinned), **keep_alive})
-    become(["scp", *["-r"] * opts.recursive, "-3", *options, "--", *operands])
+    options = {**manager.ssh.name_options(pinned), **manager.ssh.keep_alive(prefix + labels[0])}
+    recursive = ["-r"] if opts.recursive else []
+    exec_ssh(["scp", *recursive, "-3", *as_words(options), "--", *operands])
 
 
-@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
-         examples=["ssh-config --install"])
-def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
-    """what lets ssh, scp, rsync, git and editors use machines by name"""
-    options = "".join(f"  {key} {value}\n" for key, value in ctx.manager.handoff.name_options().items())
-    stanza = f"Host {ctx.manager.settings.prefix}*\n{options}"
-    ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
-    include = f'Include "{ours}"'
-    if not opts.install:
-        ctx.out.result(stanza.rstrip())
-        ctx.out.note("Paste this before the first Host line of ~/.ssh/config, or: kodemachine ssh-config --install")
-        return 0
-    theirs = os.path.expanduser("~/.ssh/config")
+# The words for each way in which a console session ends.
+CONSOLE_ENDS = {"escape": "left", "closed": "the machine closed the line", "timeout": "the time limit has passed",
+                "reader": "the reader has gone"}
+
+
+def open_log(path: str | None) -> int | None:
+    """Opens the file of --log to append to it. Raises KodeError."""
+    if path is None:
+        return None
+    with explained(path, "Name another file with --log."):
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def greet_person(ctx: Context, vm: VM, escape: bytes) -> None:
+    """Says how to leave the console, and how to set the size of its window."""
+    leave = "no escape key"
+    if escape:
+        key = f"Ctrl-{chr(escape[0] + 64)}" if escape < b" " else escape.decode()
+        leave = f"leave with {key}"
+    ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(0)
+        ctx.out.note(f"--- a serial line does not pass on the window size; in the guest: "
+                     f"stty rows {size.lines} cols {size.columns} ---")
+
+
+def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
+    """Relays until the session ends, and says why it ended. The terminal is then as it was before."""
+    log = open_log(opts.log)
+    is_person = sys.stdin.isatty()
+    if is_person:
+        greet_person(ctx, vm, escape)
+    relay = SerialRelay(line, 0, 1, escape if is_person else b"", log)
+    deadline = None
+    if opts.timeout and not is_person:
+        deadline = time.monotonic() + opts.timeout
     try:
-        before = read_text(theirs, "surrogateescape") or ""
-    except OSError as failure:
-        raise KodeError(f"{theirs}: {failure.strerror}", "Without --install it is shown, to be pasted.") from None
-    there = read_text(ours, "surrogateescape")
-    if there and " proxy %h" not in there:
-        raise KodeError(f"{ours} is not kodemachine's, and stays as it is",
-                        "Keep config.json in a folder of its own, or paste what is shown without --install.")
-    write_file(ours, stanza)
-    if include not in before.splitlines():
-        if before:
-            write_file(theirs + ".before-kodemachine", before)
-        write_file(os.path.realpath(theirs), f"{include}\n\n{before}")
-    ctx.out.note(f"ssh {ctx.manager.settings.prefix}LABEL works now ({ours}, included in ~/.ssh/config)")
-    return 0
-
-
-@command("proxy", option("name", help="the machine's name, with the prefix"),
-         option("--learning", action="store_true", help="an unknown host key will be learned"), hidden=True)
-def cmd_proxy(ctx: Context, opts: Arguments) -> int:
-    """for ssh's ProxyCommand: connect to a running machine by name"""
-    import socket
-
-    label = ctx.manager.label_of(opts.name)
-    if label is None:
-        raise NotFound(f"{opts.name} is no machine's name", "See what is there: kodemachine list")
-    ctx.out.quiet = True        # progress would stand among the output of ssh, rsync and git
-    with ctx.manager.holding(label):
-        vm, address, pinned = ctx.manager.running(label)
-    if not (pinned or opts.learning):
-        ctx.out.warn(f"the host key of {vm.name} is not known yet; what learns it is: kodemachine ssh {label}")
-    try:
-        connection = socket.create_connection((address, ctx.manager.settings.ssh_port), timeout=10)
-    except OSError as failure:
-        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror or failure}",
-                        f"Look at its console: kodemachine attach {label}") from None
-    with connection:
-        connection.setblocking(True)
-        if stat.S_ISSOCK(os.fstat(1).st_mode):      # ProxyUseFdpass: ssh takes the socket itself
-            with socket.socket(fileno=os.dup(1)) as ssh:
-                socket.send_fds(ssh, [b"\0"], [connection.fileno()])
-                # macOS may discard a socket in flight whose sender has gone. ssh closes its end when it has it.
-                select.select([ssh], [], [], FDPASS_LIMIT)
-            return 0
-        connection.setblocking(False)
-
-        def hang_up() -> None:
-            with contextlib.suppress(OSError):      # the guest may have done so already
-                connection.shutdown(socket.SHUT_WR)
-
-        console = Console(connection.fileno(), 0, 1, b"", None)
-        console.relay(None, hang_up)
-        console.close()
-    return 0
-
-
-@command("list", option("-a", "--all", action="store_true", help="images and other machines too"), JSON,
-         option("--format", choices=["ansible"], help="an inventory for Ansible, by the machines' names"),
-         option("-q", action="store_true", dest="labels_only", help="labels only"),
-         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests"), aliases=["ls"],
-         examples=["list", "list -a --json", "list --format ansible"])
-def cmd_list(ctx: Context, opts: Arguments) -> int:
-    """the machines, their state, address and size"""
-    if opts.as_json + opts.labels_only + bool(opts.format) > 1:
-        raise UsageError("one of -q, --json and --format at a time", "See: kodemachine help list")
-    manager, out = ctx.manager, ctx.out
-    rows = manager.utm.rows(partial=True)
-    shown = list(rows) if opts.all else manager.clones(rows)
-    if opts.format:
-        out.json(inventory(manager, manager.clones(rows)))
-        return 0
-    if opts.labels_only:
-        images = manager.images(rows)
-        for row in shown:
-            out.result((row not in images and manager.label_of(row.name)) or row.name)
-        return 0
-    machines = manager.survey(shown, ip=opts.ip)
-    if opts.as_json:
-        out.json([machine._asdict() for machine in machines])
-    elif machines:
-        out.result(machine_table(ctx, shown, machines))
-    else:
-        out.note("no machines yet; make one: kodemachine project-alpha")
-    return 0
-
-
-def inventory(manager: Manager, rows: Sequence[Row]) -> dict[str, Any]:
-    """An Ansible inventory of clones in groups by state. All stands below a group of ours: beside other inventories
-    nothing of it reaches their hosts. Ansible shares its connections itself, so that is left to it."""
-    options = {key: value for key, value in manager.handoff.name_options().items() if not key.startswith("Control")}
-    # One that it has kept to a machine that is off by now would hang, and the next play with it.
-    options.update(ServerAliveInterval="5", ServerAliveCountMax="3")
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for machine in manager.survey(rows, ip=False, disk=False):
-        hosts = groups.setdefault(f"kodemachine_{machine.status}", {"hosts": {}})["hosts"]
-        hosts[machine.name] = {"kodemachine_label": machine.label, "kodemachine_image": machine.image}
-    shared = {"ansible_ssh_common_args": shlex.join(as_words(options))}
-    return {"all": {"children": {"kodemachine": {"vars": shared, "children": groups}}}}
-
-
-def marks_of(ctx: Context, row: Row, record: dict[str, Any]) -> str:
-    """What a person has to know of a machine beside its state, in parentheses behind that."""
-    kept = {"saved": record.get("saved"), "--rm": ctx.manager.is_orphan(row, record),
-            "disposable": record.get("disposable") and row.power is not Power.STOPPED}
-    marks = ", ".join(mark for mark, here in kept.items() if here)
-    return f" ({marks})" if marks else ""
-
-
-def machine_table(ctx: Context, rows: Sequence[Row], machines: Sequence[Machine]) -> str:
-    """The table of `list`, as wide as the terminal at most."""
-    lines, records = [], ctx.manager.state.records()
-    for row, machine in zip(rows, machines):
-        record = records.get(row.uuid, {})
-        lines.append([machine.label or machine.name, machine.status + marks_of(ctx, row, record),
-                      machine.ip or "-", machine.image or "-", size_text(machine.memory), size_text(machine.size),
-                      size_text(machine.frees), age_text(age_of(machine.created))])
-    header = ("LABEL", "STATUS", "IP", "IMAGE", "MEMORY", "SIZE", "FREES", "AGE")
-    safe = [[printable(cell).replace("\n", " ") for cell in line] for line in lines]
-    return table(header, safe, ctx.out.width, ("MEMORY", "SIZE", "AGE", "FREES", "IMAGE", "IP"))
-
-
-@command("status", option("label", nargs="?", help="the machine; without it the installation"), JSON,
-         aliases=["info"], examples=["status", "status project-alpha"])
-def cmd_status(ctx: Context, opts: Arguments) -> int:
-    """one machine in full, or the installation at a glance"""
-    facts = machine_facts(ctx, opts.label) if opts.label else installation_facts(ctx)
-    if opts.as_json:
-        ctx.out.json(facts)
-        return 0
-    if opts.label:
-        row = Row(facts["uuid"], Power(facts["status"]), facts["name"])
-        facts["status"] += marks_of(ctx, row, ctx.manager.record_of(row.uuid))
-    for key, value in facts.items():
-        if key in ("memory", "size", "frees"):
-            value = size_text(value)
-        elif isinstance(value, list):
-            value = ", ".join(value)
-        elif isinstance(value, dict):
-            value = ", ".join(f"{number} {word}" for word, number in value.items()) or "none"
-        ctx.out.result(f"{key + ':':11} {'-' if value in (None, '') else value}")
-    return 0
-
-
-def machine_facts(ctx: Context, text: str) -> dict[str, Any]:
-    """What is known of one machine, with all its addresses."""
-    vm = ctx.manager.find(ctx.manager.label(text))
-    row = Row(vm.uuid, vm.power, vm.name)
-    addresses = vm.addresses() if vm.power is Power.STARTED else []
-    facts = ctx.manager.survey([row], ip=False)[0]._asdict()
-    return {**facts, "ip": addresses[0] if addresses else None, "addresses": addresses}
-
-
-def installation_facts(ctx: Context) -> dict[str, Any]:
-    """The program, UTM, the image that a new clone comes from, and how many machines are in which state."""
-    manager = ctx.manager
-    rows = manager.utm.rows(partial=True)
-    version = manager.utm.call("version", limit=LIMITS["status"])
-    try:
-        base: str | None = manager.base(rows, None).name
-    except KodeError as failure:
-        base = None
-        ctx.out.warn(failure.message)
-    states = [row.power.value for row in manager.clones(rows)]
-    return {
-        "version": __version__,
-        "utm": version.out.strip() if version.outcome is Outcome.DONE else None,
-        "utmctl": manager.utm.path(),
-        "image": base,
-        "machines": {state: states.count(state) for state in dict.fromkeys(states)},
-        "config": ctx.config.path,
-        "state": manager.state.folder,
-    }
-
-
-@command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest tells"),
-         option("--wait", type=seconds, metavar="S", help="seconds to wait for an answer"),
-         examples=["ip project-alpha", "ip project-alpha --wait 60"])
-def cmd_ip(ctx: Context, opts: Arguments) -> int:
-    """the address that answers, alone on stdout"""
-    vm = ctx.manager.find(ctx.manager.label(opts.label))
-    if vm.power in (Power.STOPPED, Power.PAUSED) or (vm.power is not Power.STARTED and not opts.wait):
-        raise WrongState(f"{vm.name} is {vm.power.value}, it has no address",
-                         f"Start it: kodemachine start -d {opts.label}")
-    if opts.all:
-        ctx.out.result("\n".join(vm.await_addresses(opts.wait or 0.0)))
-    else:
-        ctx.out.result(vm.greet(ctx.manager.settings.ssh_port, opts.wait or 5.0, None, "allow more time with --wait"))
-    return 0
+        with raw_terminal(0):
+            end = relay.relay(deadline)
+    finally:
+        relay.close()
+        if log is not None:
+            os.close(log)
+    if is_person:
+        # The guest may have left the cursor inside a line.
+        ctx.out.note("")
+    ctx.out.note(f"--- console of {vm.name}: {CONSOLE_ENDS[end]} ---")
+    return 128 + signal.SIGPIPE if end == "reader" else 0
 
 
 @command("attach", LABEL_ARG, option("--index", type=port_index, metavar="N", help="the N-th serial port, from 0"),
-         option("--log", metavar="FILE", help="also append what the guest says to FILE"),
+         option("--log", metavar="FILE", help="also append the guest's output to FILE"),
          option("--escape", default="ctrl-]", metavar="KEY", help="the key that leaves, or none (ctrl-])"),
          option("--timeout", type=seconds, metavar="S", help="seconds to listen, without a terminal"),
          examples=["attach project-alpha", "attach project-alpha --log boot.log"])
 def cmd_attach(ctx: Context, opts: Arguments) -> int:
-    """a direct serial pipe to the guest, for when the network fails"""
+    """connect to the serial console, for when the network fails"""
     escape = escape_byte(opts.escape)
     vm = ctx.manager.find(ctx.manager.label(opts.label))
     if vm.power is not Power.STARTED:
-        raise WrongState(f"{vm.name} is {vm.power.value}; only a running machine has a console",
-                         f"Start it: kodemachine start -d {opts.label}")
+        raise WrongState(f"{vm.name} is {vm.power.word}; only a running machine has a console",
+                         f"Start it: kodemachine start -d {vm.label}")
     port = vm.serial_port(opts.index)
     name = "serial-" + re.sub(r"[^A-Za-z0-9.]+", "-", port)
     with ctx.manager.state.lock(name, 0.0, wait=False, what=f"the console of {vm.name}"):
@@ -5231,273 +6344,545 @@ def cmd_attach(ctx: Context, opts: Arguments) -> int:
             os.close(line)
 
 
-def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
-    """Relays until an end comes, and says in one line why; the terminal is as it was before."""
-    try:
-        log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if opts.log else None
-    except OSError as failure:
-        raise KodeError(f"cannot write the log {opts.log}: {failure.strerror}", "Name another with --log.") from None
-    person = sys.stdin.isatty()
-    if person:
-        leave = "no escape key" if not escape else \
-            "leave with " + (f"Ctrl-{chr(escape[0] + 64)}" if escape < b" " else escape.decode())
-        ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
-        with contextlib.suppress(OSError):
-            size = os.get_terminal_size(0)
-            fitting = f"stty rows {size.lines} cols {size.columns}"
-            ctx.out.note(f"--- a serial line knows no window size; in the guest: {fitting} ---")
-    console = Console(line, 0, 1, escape if person else b"", log)
-    deadline = time.monotonic() + opts.timeout if opts.timeout and not person else None
-    try:
-        with raw_terminal(0):
-            end = console.relay(deadline)
-    finally:
-        console.close()
-        if log is not None:
-            os.close(log)
-    words = {"escape": "left", "closed": "the machine closed the line", "timeout": "the time is over",
-             "reader": "nobody reads any more"}
-    ctx.out.note(("\n" if person else "") + f"--- console of {vm.name}: {words[end]} ---")
-    return 128 + signal.SIGPIPE if end == "reader" else 0
+# -- list, status, ip, doctor
 
 
-@command("stop", LABELS, ALL, option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has"),
-         option("-f", "--force", action="store_true", help="do not ask the guest"),
+def shown_name(machine: Machine) -> str:
+    """The label of a clone, and the name of any other machine."""
+    return machine.label or machine.name
+
+
+def first_step(fleet: Fleet) -> str:
+    """The next command for a person who has no machines."""
+    images = sorted(image.name for image in fleet.images)
+    if fleet.default_image in images:
+        return "to create one: kodemachine project-alpha"
+    if images:
+        return f"the default image does not exist, so first choose one: {command_line(['base', 'use', images[-1]])}"
+    return "first create an image: kodemachine base create v0.1.0"
+
+
+def inventory(manager: Manager, machines: Sequence[Machine]) -> dict[str, Any]:
+    """An Ansible inventory of clones, in groups by status.
+
+    Everything is inside one group: beside other inventories, its variables do not reach their hosts.
+    """
+    # Ansible shares its connections itself.
+    options = {key: value for key, value in manager.ssh.name_options().items() if not key.startswith("Control")}
+    # A shared connection to a machine that is off by now would hang, and the next play with it.
+    options.update(ServerAliveInterval="5", ServerAliveCountMax="3")
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for fact in manager.describe(machines, ip=False):
+        group = groups.setdefault(f"kodemachine_{fact.status}", {"hosts": {}})
+        group["hosts"][fact.name] = {"kodemachine_label": fact.label, "kodemachine_image": fact.image}
+    shared = {"ansible_ssh_common_args": shlex.join(as_words(options))}
+    return {"all": {"children": {"kodemachine": {"vars": shared, "children": groups}}}}
+
+
+def status_text(ctx: Context, machine: Machine) -> str:
+    """The status of a machine, with a mark for one that an interrupted --rm session left."""
+    mark = " (--rm)" if ctx.manager.is_orphan(machine) else ""
+    return machine.power.word + mark
+
+
+def one_line(text: str) -> str:
+    """A text for one line of a terminal."""
+    return printable(text).replace("\n", " ")
+
+
+def machine_table(ctx: Context, machines: Sequence[Machine], facts: Sequence[Facts], *, sizes: bool) -> str:
+    """The table of `list`, at most as wide as the terminal."""
+    header = ["LABEL", "STATUS", "IP", "IMAGE", "AGE"]
+    if sizes:
+        header += ["MEMORY", "SIZE", "RECLAIM"]
+    lines = []
+    for machine, fact in zip(machines, facts):
+        age = age_text(age_of(machine.record.created))
+        line = [shown_name(machine), status_text(ctx, machine), fact.ip or "-", fact.image or "-", age]
+        if sizes:
+            line += [size_text(fact.memory), size_text(fact.size), size_text(fact.reclaimable)]
+        lines.append([one_line(cell) for cell in line])
+    return table(header, lines, ctx.out.width, ("MEMORY", "SIZE", "AGE", "RECLAIM", "IMAGE", "IP"))
+
+
+@command("list", option("-a", "--all", action="store_true", help="images and other machines too"), SIZE, JSON,
+         option("--format", choices=["ansible"], help="an inventory for Ansible, by the machines' names"),
+         option("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="labels only"),
+         option("--no-ip", action="store_false", dest="ip", help="do not ask the guests for addresses"),
+         aliases=["ls"], examples=["list", "list -a --json", "list --format ansible"])
+def cmd_list(ctx: Context, opts: Arguments) -> int:
+    """list the machines with their status, address, image and age"""
+    if [opts.as_json, opts.quiet, bool(opts.format)].count(True) > 1:
+        raise UsageError("one of -q, --json and --format at a time", "See: kodemachine help list")
+    manager, out = ctx.manager, ctx.out
+    fleet = manager.fleet(partial=True)
+    if opts.format:
+        out.json(inventory(manager, fleet.clones))
+        return 0
+    machines = fleet.clones
+    if opts.all:
+        machines = sorted(fleet.machines, key=shown_name)
+    if opts.quiet:
+        for machine in machines:
+            out.result(shown_name(machine))
+        return 0
+    facts = manager.describe(machines, ip=opts.ip, sizes=opts.size)
+    if opts.as_json:
+        out.json([fact._asdict() for fact in facts])
+    elif facts:
+        out.result(machine_table(ctx, machines, facts, sizes=opts.size))
+    else:
+        out.note(f"no machines yet; {first_step(fleet)}")
+    return 0
+
+
+SIZE_KEYS = ("memory", "size", "reclaimable")
+
+
+def show_facts(ctx: Context, opts: Arguments, facts: dict[str, Any], shown: dict[str, Any]) -> None:
+    """Prints `facts` with --json, otherwise `shown`."""
+    if opts.as_json:
+        ctx.out.json(facts)
+        return
+    for key, value in shown.items():
+        if isinstance(value, list):
+            value = ", ".join(value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{number} {word}" for word, number in value.items()) or "none"
+        ctx.out.result(f"{key + ':':12} {value or '-'}")
+
+
+def machine_facts(ctx: Context, machine: Machine, *, sizes: bool) -> dict[str, Any]:
+    """The facts of one machine, with all its addresses."""
+    addresses = []
+    if machine.power is Power.STARTED:
+        addresses = ctx.manager.vm(machine).addresses()
+    facts = ctx.manager.describe([machine], ip=False, sizes=sizes)[0]._asdict()
+    facts["ip"] = addresses[0] if addresses else None
+    facts["addresses"] = addresses
+    return facts
+
+
+def installation_facts(ctx: Context) -> dict[str, Any]:
+    """The versions, the image for new clones, the number of machines in each state, and the paths."""
+    manager = ctx.manager
+    fleet = manager.fleet(partial=True)
+    reply = manager.utm.call("version")
+    image = None
+    try:
+        image = fleet.image(None).name
+    except KodeError as failure:
+        ctx.out.warn(failure.message)
+    machines: dict[str, int] = {}
+    for machine in fleet.clones:
+        machines[machine.power.word] = machines.get(machine.power.word, 0) + 1
+    return {
+        "version": __version__,
+        "utm": reply.out.strip() if reply.outcome is Outcome.DONE else None,
+        "utmctl": manager.utm.path(),
+        "image": image,
+        "machines": machines,
+        "config": ctx.config.path,
+        "state": manager.state.folder,
+    }
+
+
+@command("status", option("label", nargs="?", help="the machine; without it the installation"), SIZE, JSON,
+         aliases=["info"], examples=["status", "status project-alpha"])
+def cmd_status(ctx: Context, opts: Arguments) -> int:
+    """show one machine in full, or the installation at a glance"""
+    if not opts.label:
+        facts = installation_facts(ctx)
+        show_facts(ctx, opts, facts, facts)
+        return 0
+    label = ctx.manager.label(opts.label)
+    machine = ctx.manager.fleet(partial=True).find(label)
+    facts = machine_facts(ctx, machine, sizes=opts.size)
+    shown = {**facts, "status": status_text(ctx, machine)}
+    for key in SIZE_KEYS:
+        if opts.size:
+            shown[key] = size_text(facts[key])
+        else:
+            del shown[key]
+    show_facts(ctx, opts, facts, shown)
+    return 0
+
+
+@command("ip", LABEL_ARG, option("--all", action="store_true", help="every address that the guest reports"),
+         option("--wait", type=seconds, metavar="S", help="seconds to wait until its ssh server answers"),
+         examples=["ip project-alpha", "ip project-alpha --wait 60"])
+def cmd_ip(ctx: Context, opts: Arguments) -> int:
+    """print the address that answers, alone on stdout"""
+    vm = ctx.manager.find(ctx.manager.label(opts.label))
+    is_off = vm.power in (Power.STOPPED, Power.PAUSED)
+    if is_off or (vm.power is not Power.STARTED and not opts.wait):
+        raise WrongState(f"{vm.name} is {vm.power.word} and has no address",
+                         f"Start it: kodemachine start -d {vm.label}")
+    if opts.all:
+        ctx.out.result("\n".join(vm.wait_for_addresses(opts.wait or 0.0)))
+        return 0
+    port = ctx.manager.settings.ssh_port
+    ctx.out.result(vm.wait_for_ssh(port, opts.wait or 5.0, more_time="allow more time with --wait"))
+    return 0
+
+
+def all_findings(ctx: Context) -> Iterator[Finding]:
+    """The findings of the doctor. If the configuration is broken, that is the first one."""
+    try:
+        # Read again, without the warnings that the first reading has shown.
+        Config(ctx.config.path, Notes()).settings()
+    except KodeError as failure:
+        yield Finding("config", ERROR, failure.message, failure.hint)
+    yield from Doctor(ctx.manager).findings()
+
+
+def show_finding(ctx: Context, finding: Finding) -> None:
+    """Prints one finding, and its remedy on a second line."""
+    signs = {OK: "ok", WARNING: "! ", ERROR: "x ", SKIPPED: "- "}
+    if ctx.out.fits("\u2713\u2717"):
+        signs = {OK: "\u2713", WARNING: "!", ERROR: "\u2717", SKIPPED: "-"}
+    begin = f"{signs[finding.level]} {finding.check:{CHECK_WIDTH}} "
+    text = begin + finding.message
+    if finding.remedy:
+        text += "\n" + " " * len(begin) + finding.remedy
+    ctx.out.result(text)
+
+
+@command("doctor", JSON, examples=["doctor"])
+def cmd_doctor(ctx: Context, opts: Arguments) -> int:
+    """check the host, UTM, the image and the machines; each finding has a remedy"""
+    findings = []
+    for finding in all_findings(ctx):
+        findings.append(finding)
+        if not opts.as_json:
+            show_finding(ctx, finding)
+    if opts.as_json:
+        ctx.out.json([finding._asdict() for finding in findings])
+    levels = [finding.level for finding in findings]
+    problems = [counted(levels.count(level), level) for level in (ERROR, WARNING) if level in levels]
+    ctx.out.note(", ".join(problems) or "no problems found")
+    return 1 if ERROR in levels else 0
+
+
+# -- stop, keep, delete
+
+
+@command("stop", LABELS, ALL, STOP_TIMEOUT,
+         option("-f", "--force", action="store_true", help="turn it off without asking the guest"),
          option("--kill", action="store_true", help="end the machine's process"),
          examples=["stop project-alpha", "stop --all -t 120", "stop --force project-alpha"])
 def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
     limit = opts.timeout or ctx.manager.settings.stop_timeout
-    labels = chosen(ctx, opts, lambda row: row.power is not Power.STOPPED)
-    ctx.out.step(f"stopping {', '.join(labels)}" if labels else "nothing to stop")
-    return each(ctx, labels, under_lock(
-        ctx, lambda label: ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)))
+    labels = chosen(ctx, opts, lambda machine: machine.power is not Power.STOPPED)
+    ctx.out.step(f"stopping {', '.join(labels)}" if labels else "no machine to stop")
+
+    def stop(label: str) -> str:
+        return ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)
+    return each(ctx, labels, under_lock(ctx, stop))
 
 
-@command("suspend", LABELS, ALL, option("--save", action="store_true", help="to disk as well"),
-         examples=["suspend project-alpha", "suspend --all --save"])
+@command("restart", LABELS, STOP_TIMEOUT, examples=["restart project-alpha"])
+def cmd_restart(ctx: Context, opts: Arguments) -> int:
+    """stop, then start -d"""
+    manager = ctx.manager
+    limit = opts.timeout or manager.settings.stop_timeout
+    labels = chosen(ctx, opts)
+    options = StartOptions(may_clone=False)
+
+    def restart(label: str) -> tuple[VM, str]:
+        ctx.out.step(f"stopping {label}")
+        manager.stop(label, limit, force=False, kill=False)
+        vm, call = manager.find_or_clone(label, options)
+        return vm, manager.start(vm, options, call)
+    return start_detached(ctx, labels, restart)
+
+
+@command("suspend", LABELS, ALL, examples=["suspend project-alpha", "suspend --all"])
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
-    """pause to memory, or to disk"""
-    labels = chosen(ctx, opts, lambda row: row.power is Power.STARTED)
-    return each(ctx, labels, under_lock(ctx, lambda label: ctx.manager.suspend(label, save=opts.save)))
+    """pause in memory"""
+    labels = chosen(ctx, opts, lambda machine: machine.power is Power.STARTED)
+    return each(ctx, labels, under_lock(ctx, ctx.manager.suspend))
 
 
 @command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
-    """let a suspended machine go on"""
-    records = ctx.manager.state.records() if opts.all else {}
-    labels = chosen(ctx, opts, lambda row: row.power is Power.PAUSED or bool(records.get(row.uuid, {}).get("saved")))
+    """continue a suspended machine"""
+    labels = chosen(ctx, opts, lambda machine: machine.power is Power.PAUSED)
     return each(ctx, labels, under_lock(ctx, ctx.manager.resume))
+
+
+@command("clone", LABEL_ARG, option("new", help="the label of the copy"),
+         examples=["clone project-alpha project-beta"])
+def cmd_clone(ctx: Context, opts: Arguments) -> int:
+    """copy a stopped machine to a new label"""
+    label, new = ctx.manager.label(opts.label), ctx.manager.label(opts.new)
+    if label == new:
+        raise UsageError(f"{label} cannot be a copy of itself", f"For example: kodemachine clone {label} {label}-2")
+    # Every run that takes both locks takes them in this order.
+    first, second = sorted((label, new))
+    with ctx.manager.holding(first), ctx.manager.holding(second):
+        ctx.manager.copy(label, new)
+    ctx.out.note(f"{new} is a copy of {label}; to start it: kodemachine {new}")
+    return 0
 
 
 @command("delete", LABELS, option("-f", "--force", action="store_true", help="turn a running machine off first"),
          aliases=["rm"], examples=["delete project-alpha", "delete --force project-alpha project-beta"])
 def cmd_delete(ctx: Context, opts: Arguments) -> int:
-    """delete machines, and say what that freed"""
+    """delete machines, and show the space that this freed"""
     def delete(label: str) -> str:
-        freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force)
-        return "deleted" + (f", freed {size_text(freed)}" if freed is not None else "")
+        freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force, measure=True)
+        return "deleted" if freed is None else f"deleted, freed {size_text(freed)}"
     return each(ctx, chosen(ctx, opts), under_lock(ctx, delete))
 
 
-@command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
-         option("--all", action="store_true", help="running, paused and saved ones too"),
-         option("--older-than", type=period, metavar="AGE", help="made longer ago than this, such as 7d"),
-         option("--image", metavar="IMAGE", help="cloned from this image"),
-         option("-n", "--dry-run", action="store_true", help="only show what would go"), YES, JSON, aliases=["prune"],
-         examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
-def cmd_purge(ctx: Context, opts: Arguments) -> int:
-    """delete many machines, after showing which and what they free"""
+def check_purge_options(opts: Arguments) -> None:
+    """Raises UsageError for options that exclude each other."""
     if opts.all and opts.stopped:
-        raise UsageError("either --stopped or --all, not both", "See what would go: kodemachine purge --all --dry-run")
+        raise UsageError("either --stopped or --all, not both", "See: kodemachine help purge")
     if opts.as_json and not opts.dry_run:
-        raise UsageError("--json shows what would go, with --dry-run", "So: kodemachine purge --dry-run --json")
-    manager, out = ctx.manager, ctx.out
-    rows, status = purgeable(ctx, opts)
-    if opts.as_json:
-        out.json([machine._asdict() for machine in manager.survey(rows, ip=False)])
-        return status
-    if not opts.dry_run:
-        manager.tidy()
-    if not rows:
-        out.note("nothing to purge")
-        return status
-    machines = manager.survey(rows, ip=False)
-    if opts.dry_run:
-        out.result(machine_table(ctx, rows, machines))
-    else:
-        out.note(machine_table(ctx, rows, machines), needed=not opts.yes)
-    known = [machine.frees for machine in machines if machine.frees is not None]
-    amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
-    if opts.dry_run:
-        out.note(f"{len(rows)} would be deleted, and {amount} would come free")
-        return status
-    if not opts.yes and not out.confirm(f"Delete {len(rows)}, and free {amount}?", "purge"):
-        raise KodeError("nothing was deleted")
-    free_before = free_space(manager.documents)
-    states = {row.name[len(manager.settings.prefix):]: row for row in rows}
-
-    def purge(label: str) -> str:
-        try:
-            with manager.holding(label, wait=False):
-                row = states[label]
-                orphan = manager.is_orphan(row, manager.record_of(row.uuid))
-                return purge_one(ctx, row, force=opts.all or orphan)
-        except Busy as failure:
-            return f"{label} left: {failure.message}"
-    status = each(ctx, list(states), purge) or status
-    left = {row.uuid for row in manager.utm.rows()}
-    tell_gain(ctx, free_before, sum(machine.frees or 0 for machine in machines if machine.uuid not in left))
-    return status
+        raise UsageError("--json is only for --dry-run", "kodemachine purge --dry-run --json")
 
 
-def purgeable(ctx: Context, opts: Arguments) -> tuple[list[Row], int]:
-    """The machines that match the filters, and the exit status so far: not 0 if one had to be left."""
-    manager, out = ctx.manager, ctx.out
-    records = manager.state.records()
-    origins = {image_of(record).get("name") for record in records.values()}
-    image = opts.image if opts.image is None or opts.image in origins else whole_name(opts.image)
-    rows, unknown, running, status = [], 0, 0, 0
-    listed = manager.utm.rows()
-    names = [row.name for row in listed]
-    for row in manager.clones(listed):
-        record = records.get(row.uuid, {})
-        origin, age = image_of(record).get("name"), age_of(record.get("created"))
-        if (opts.older_than is not None and age is None) or (image is not None and origin is None):
+def purged_image(fleet: Fleet, wanted: str | None) -> str | None:
+    """The name of the image in --image: a whole name that a clone comes from, or else a version or any name."""
+    if wanted is None or wanted in {machine.record.image for machine in fleet.clones}:
+        return wanted
+    return whole_name(wanted)
+
+
+def matches_filters(machine: Machine, older_than: float | None, image: str | None) -> bool | None:
+    """Whether a machine passes the filters of `purge`; None if its age or image is needed and not known."""
+    age = age_of(machine.record.created)
+    if older_than is not None and age is None:
+        return None
+    if image is not None and not machine.record.image:
+        return None
+    if older_than is not None and age is not None and age < older_than:
+        return False
+    return image is None or image == machine.record.image
+
+
+def purge_problem(fleet: Fleet, machine: Machine, *, everything: bool) -> str:
+    """The reason why a machine that matches cannot be deleted by `purge`; empty if there is none."""
+    if len(fleet.named(machine.name)) > 1:
+        return f"its UUID is {machine.uuid}, and another machine has the same name"
+    is_steady = machine.power in (Power.STOPPED, Power.STARTED, Power.PAUSED)
+    if machine.power is Power.UNKNOWN or (everything and not is_steady):
+        return f"it is {machine.power.word}"
+    return ""
+
+
+def may_purge(ctx: Context, machine: Machine, *, everything: bool) -> bool:
+    """Whether `purge` deletes a machine in its state: a stopped one, or also others of --all and of a dead --rm."""
+    if machine.power is Power.STOPPED:
+        return True
+    if machine.power not in (Power.STARTED, Power.PAUSED):
+        return False
+    return everything or ctx.manager.is_orphan(machine)
+
+
+def select_for_purge(ctx: Context, opts: Arguments) -> tuple[list[Machine], int]:
+    """The machines to delete, and the exit status so far: not 0 if one that matches had to be skipped."""
+    fleet = ctx.manager.fleet()
+    image = purged_image(fleet, opts.image)
+    machines = []
+    unknown = running = status = 0
+    for machine in fleet.clones:
+        matches = matches_filters(machine, opts.older_than, image)
+        problem = purge_problem(fleet, machine, everything=opts.all)
+        if matches is None:
             unknown += 1
-        elif (opts.older_than is not None and age is not None and age < opts.older_than) \
-                or image not in (None, origin):
-            continue
-        elif names.count(row.name) > 1:
-            out.note(f"{row.name} ({row.uuid}) left: another machine has the same name")
+        elif matches and problem:
+            ctx.out.note(f"skipped {machine.name}: {problem}")
             status = WrongState.status
-        elif (row.power is Power.STOPPED and (opts.all or not record.get("saved"))) or \
-                (row.power in (Power.STARTED, Power.PAUSED) and (opts.all or manager.is_orphan(row, record))):
-            rows.append(row)
-        elif row.power is Power.STOPPED:
-            out.note(f"{row.name} left: it has a saved session (--all takes it, too)")
-        elif opts.all or row.power is Power.UNKNOWN:
-            out.note(f"{row.name} left: it is {row.power.value}")
-            status = WrongState.status
-        else:
+        elif matches and may_purge(ctx, machine, everything=opts.all):
+            machines.append(machine)
+        elif matches:
             running += 1
-    if image not in (None, *origins):
-        out.note(f"no machine is known to come from an image {opts.image}")
-    if running and not rows:
-        out.note(f"{running} left: running or paused (--all takes those, too)")
+    if image is not None and image not in {machine.record.image for machine in fleet.clones}:
+        ctx.out.note(f"no machine is known to be cloned from {opts.image}")
+    if running and not machines:
+        ctx.out.note(f"skipped {counted(running, 'machine')}: running or paused (--all deletes those too)")
     if unknown:
-        out.note(f"{unknown} left out: their age or image is not known")
-    return rows, status
+        ctx.out.note(f"skipped {counted(unknown, 'machine')} of unknown age or image")
+    return machines, status
 
 
-def purge_one(ctx: Context, shown: Row, *, force: bool) -> str:
-    """Deletes one machine that was shown, if it still is what was shown."""
-    label = str(ctx.manager.label_of(shown.name))
+def show_purge(ctx: Context, opts: Arguments, machines: Sequence[Machine], facts: Sequence[Facts]) -> bool:
+    """Shows the machines and the space, and asks. Returns whether to delete them. Raises KodeError after a no."""
+    known = [fact.reclaimable for fact in facts if fact.reclaimable is not None]
+    amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
+    shown = machine_table(ctx, machines, facts, sizes=True)
+    number = counted(len(machines), "machine")
+    if opts.dry_run:
+        ctx.out.result(shown)
+        ctx.out.note(f"would delete {number} and free {amount} of disk space")
+        return False
+    ctx.out.note(shown, needed=not opts.yes)
+    if not opts.yes and not ctx.out.confirm(f"Delete {number} and free {amount} of disk space?", "purge"):
+        raise KodeError("nothing was deleted")
+    return True
+
+
+def purge_one(ctx: Context, shown: Machine, *, everything: bool) -> str:
+    """Deletes one machine, if it is still the one that was shown. Returns a line for the person."""
+    manager, label = ctx.manager, str(shown.label)
     try:
-        vm = ctx.manager.find(label)
+        machine = manager.fleet(partial=True).find(label)
     except NotFound:
-        return f"{label} is gone already"
-    if vm.uuid != shown.uuid:
-        return f"{label} left: it is another machine now"
-    if vm.power is not Power.STOPPED and not force:
-        return f"{label} left: it is {vm.power.value} now"
-    ctx.manager.delete(vm, force=force)
+        return f"{label} is already gone"
+    if machine.uuid != shown.uuid:
+        return f"skipped {label}: it is another machine now"
+    force = everything or manager.is_orphan(machine)
+    if machine.power is not Power.STOPPED and not force:
+        return f"skipped {label}: it is {machine.power.word} now"
+    manager.delete(manager.vm(machine), force=force)
     return f"{label} deleted"
 
 
-def tell_gain(ctx: Context, before: int | None, promised: int) -> None:
-    """What the volume gained, with the likely reason when that is less than promised."""
+def report_freed_space(ctx: Context, before: int | None, expected: int) -> None:
+    """Reports the bytes that the volume gained, with the likely reason if they are fewer than expected."""
     after = free_space(ctx.manager.documents)
     if before is None or after is None:
         return
     gained = max(0, after - before)
     ctx.out.note(f"the volume gained {size_text(gained)}")
-    if gained < promised * 0.9 and sys.platform == "darwin":
-        ctx.out.note("Less than promised: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
+    if gained < expected * 0.9 and sys.platform == "darwin":
+        ctx.out.note("Less than expected: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
 
 
-def version(text: str) -> str:
-    """The name of the image of that version. For argparse."""
-    if not IMAGE.fullmatch("kodeimage-" + text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no version, such as v0.2.0")
-    return "kodeimage-" + text
-
-
-def disk_size(text: str) -> int:
-    """A size of a disk, in bytes."""
-    with contextlib.suppress(ValueError):
-        if 1 << 30 <= parse_size(text) < 1 << 46:
-            return parse_size(text) >> 20 << 20
-    raise argparse.ArgumentTypeError(f"{text!r} is no size of a disk, such as 64G")
-
-
-@command("base list", JSON, examples=["base list"])
-def cmd_base_list(ctx: Context, opts: Arguments) -> int:
-    """the images, which one new machines come from, and how many were cloned from each"""
+def delete_shown(ctx: Context, opts: Arguments, machines: Sequence[Machine], facts: Sequence[Facts]) -> int:
+    """Deletes machines that were shown, and reports the freed space. Returns the status of the first failure."""
     manager = ctx.manager
-    rows = manager.utm.rows(partial=True)
-    records = manager.state.records()
-    origins = [image_of(records.get(row.uuid, {})).get("uuid") for row in manager.clones(rows)]
-    machines = manager.survey(manager.images(rows), ip=False)
-    configured = manager.configured(rows)
-    facts = [{"name": machine.name, "uuid": machine.uuid, "status": machine.status, "size": machine.size,
-              "configured": machine.name == configured, "clones": origins.count(machine.uuid)} for machine in machines]
+    shown = {str(machine.label): machine for machine in machines}
+    before = free_space(manager.documents)
+
+    def purge(label: str) -> str:
+        try:
+            with manager.holding(label, wait=False):
+                return purge_one(ctx, shown[label], everything=opts.all)
+        except Busy as failure:
+            return f"skipped {label}: {failure.message}"
+
+    status = each(ctx, list(shown), purge)
+    remaining = {machine.uuid for machine in manager.fleet().machines}
+    deleted = [fact.reclaimable for fact in facts if fact.reclaimable and fact.uuid not in remaining]
+    report_freed_space(ctx, before, sum(deleted))
+    return status
+
+
+@command("purge", option("--stopped", action="store_true", help="stopped machines (the default)"),
+         option("--all", action="store_true", help="running and paused ones too"),
+         option("--older-than", type=period, metavar="AGE", help="created longer ago than this, such as 7d"),
+         option("--image", metavar="IMAGE", help="cloned from this image"),
+         option("-n", "--dry-run", action="store_true", help="only show what would be deleted"), YES, JSON,
+         aliases=["prune"],
+         examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
+def cmd_purge(ctx: Context, opts: Arguments) -> int:
+    """delete many machines, after showing them and the space that this frees"""
+    check_purge_options(opts)
+    machines, status = select_for_purge(ctx, opts)
+    if not opts.dry_run:
+        ctx.manager.forget_missing()
+    facts = ctx.manager.describe(machines, ip=False, sizes=True) if machines else []
     if opts.as_json:
-        ctx.out.json(facts)
+        ctx.out.json([fact._asdict() for fact in facts])
+        return status
+    if not machines:
+        ctx.out.note("nothing to purge")
+        return status
+    if show_purge(ctx, opts, machines, facts):
+        status = delete_shown(ctx, opts, machines, facts) or status
+    return status
+
+
+# -- base: golden images
+
+
+def image_table(ctx: Context, images: Sequence[dict[str, Any]], *, sizes: bool) -> str:
+    """The table of `base list`, at most as wide as the terminal. A star marks the image for new machines."""
+    header = ["", "IMAGE", "STATUS", "CLONES"]
+    if sizes:
+        header.append("SIZE")
+    lines = []
+    for image in images:
+        mark = "*" if image["configured"] else ""
+        line = [mark, one_line(image["name"]), image["status"], str(image["clones"])]
+        if sizes:
+            line.append(size_text(image["size"]))
+        lines.append(line)
+    return table(header, lines, ctx.out.width, ("SIZE", "CLONES"))
+
+
+@command("base list", SIZE, JSON, aliases=["ls"], examples=["base list"])
+def cmd_base_list(ctx: Context, opts: Arguments) -> int:
+    """list the images, the one for new machines, and the number of clones of each"""
+    manager, out = ctx.manager, ctx.out
+    fleet = manager.fleet(partial=True)
+    origins = [machine.record.image_uuid for machine in fleet.clones]
+    images = []
+    for fact in manager.describe(fleet.images, ip=False, sizes=opts.size):
+        images.append({"name": fact.name, "uuid": fact.uuid, "status": fact.status, "size": fact.size,
+                       "configured": fact.name == fleet.default_image, "clones": origins.count(fact.uuid)})
+    if opts.as_json:
+        out.json(images)
         return 0
-    if configured and configured not in (machine.name for machine in machines):
-        ctx.out.warn(f"base_image is {configured}, and there is no such machine")
-    lines = [["*" if fact["configured"] else "", printable(str(fact["name"])).replace("\n", " "), str(fact["status"]),
-              size_text(machine.size), str(fact["clones"])] for fact, machine in zip(facts, machines)]
-    if lines:
-        ctx.out.result(table(("", "IMAGE", "STATUS", "SIZE", "CLONES"), lines, ctx.out.width, ("SIZE", "CLONES")))
+    if fleet.default_image and not fleet.named(fleet.default_image):
+        out.warn(f"base_image is {fleet.default_image}, which does not exist")
+    if images:
+        out.result(image_table(ctx, images, sizes=opts.size))
     else:
-        ctx.out.note("no images yet; make one: kodemachine base create v0.1.0")
+        out.note("no images yet; to create one: kodemachine base create v0.1.0")
     return 0
 
 
 @command("base use", option("image", metavar="IMAGE", help="its name in UTM, version or UUID"),
          examples=["base use kodeimage-v0.2.0"])
 def cmd_base_use(ctx: Context, opts: Arguments) -> int:
-    """choose the image that new machines come from"""
-    with ctx.manager.fleet():
-        row = ctx.manager.base(ctx.manager.utm.rows(), opts.image)
-        ctx.config.set("base_image", row.name)
-    ctx.out.note(f"new machines come from {row.name}")
-    return 0
-
-
-@command("base create", option("name", metavar="vX.Y.Z", type=version, help="the image's version"),
-         option("--image", metavar="URL|FILE", help="a cloud image in qcow2 format instead of Ubuntu 24.04"),
-         option("--disk", type=disk_size, default=64 << 30, metavar="SIZE", help="of the virtual disk (64G)"),
-         option("--cpus", type=count, default=4, metavar="N", help="of a machine made from it (4)"),
-         option("--memory", type=mebibytes, default=4096, metavar="SIZE", help="likewise (4G)"),
-         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"),
-         examples=["base create v0.1.0", "base create v0.1.0 --disk 128G --memory 8G"])
-def cmd_base_create(ctx: Context, opts: Arguments) -> int:
-    """make an image from nothing: download a cloud image, check it, set it up, seal it"""
-    manager = ctx.manager
-    user = user_name(opts.user or manager.settings.ssh_user)
-    plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user,
-                public_key(manager.settings.identity_file))
-    creator = Creator(manager, cache_folder(), plan)
-    vm = creator.create()
-    with manager.fleet():
-        rows, configured = manager.utm.rows(), ctx.config.settings().base_image     # it may have been set meanwhile
-        if not configured and {row.uuid for row in manager.images(rows)} <= {vm.uuid}:
-            ctx.config.set("base_image", vm.name)
-    creator.done(vm)
-    ctx.out.note(f"{vm.name} is ready; " + (
-        "a machine from it: kodemachine project-alpha" if (configured or manager.configured(rows)) in (vm.name, vm.uuid)
-        else f"to have new machines from it: kodemachine base use {vm.name}"))
-    if user != user_name(manager.settings.ssh_user):
-        ctx.out.note(f"Its user is {user}: kodemachine config set ssh_user {user}")
+    """choose the image for new machines"""
+    with ctx.manager.fleet_lock():
+        image = ctx.manager.fleet().image(opts.image)
+        ctx.config.set("base_image", image.name)
+    ctx.out.note(f"new machines are cloned from {image.name}")
     return 0
 
 
 def step_table(steps: Sequence[Step]) -> str:
-    """What a seal does or did, a line for each step."""
+    """The steps of a seal, one per line."""
     return table(("STEP", "", ""), [[step.name, step.status, step.detail] for step in steps], None)
+
+
+def may_become_root(ctx: Context, sealer: Sealer, steps: Sequence[Step], opts: Arguments) -> bool:
+    """Asks whether the user may use sudo without a password, if they cannot already and a person is there."""
+    needs_password = any(step.name == "sudo" and step.status == "warn" for step in steps)
+    if not needs_password or opts.yes or not ctx.out.can_ask:
+        return False
+    return ctx.out.confirm(f"May {sealer.user} become root without a password?", "sudo")
+
+
+def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
+    """Shows the steps, asks, and seals. Returns False with --check, which changes nothing. Raises KodeError."""
+    out, vm = ctx.out, sealer.vm
+    was_off = vm.power is Power.STOPPED
+    if opts.check and vm.power is not Power.STARTED:
+        raise WrongState(f"{vm.name} is {vm.power.word}; --check needs a running machine", "Start it in UTM first.")
+    sealer.wake(ctx.manager.settings.boot_timeout)
+    steps = sealer.ask("check")
+    if opts.check:
+        out.result(step_table(steps))
+        sealer.must(steps)
+        return False
+    out.note(step_table(steps), needed=not opts.yes)
+    sealer.must(steps)
+    if not opts.yes and not out.confirm(f"Seal {vm.name} and shut it down?", "base seal"):
+        if was_off:
+            sealer.power_off()
+        raise KodeError("nothing was changed")
+    applied = sealer.apply(sudo=may_become_root(ctx, sealer, steps, opts))
+    out.note(step_table([step for step in applied if step.status != "ok"]))
+    return True
 
 
 @command("base seal", option("vm", help="its name or UUID in UTM, or its label"),
@@ -5505,105 +6890,542 @@ def step_table(steps: Sequence[Step]) -> str:
          option("--check", action="store_true", help="only show what would change"), YES,
          examples=["base seal --check project-alpha", "base seal project-alpha --as v0.2.0"])
 def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
-    """make a machine fit for an image: it forgets who it is, and shuts down"""
+    """prepare a machine to be an image: remove its identity, and shut it down"""
     manager, out = ctx.manager, ctx.out
     if not (opts.yes or opts.check):
         out.must_be_able_to_ask("base seal")
     images = Images(manager)
     with images.sealing(opts.vm) as vm:
-        begun = images.begun(vm, opts.image) if opts.image and not opts.check else None
-        if not begun:
+        image = None
+        if opts.image and not opts.check:
+            image = images.resume_copy(vm, opts.image)
+        if not image:
             user = user_name(manager.settings.ssh_user)
             sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
             if not seal(ctx, sealer, opts):
                 return 0
-            begun = images.copy(vm, opts.image) if opts.image else None
-    out.note(f"{begun.name} is ready; to have new machines from it: kodemachine base use {begun.name}" if begun else
-             f"{vm.name} is sealed and off. It becomes an image by its name: rename it in UTM to kodeimage-vX.Y.Z")
+            image = images.copy(vm, opts.image) if opts.image else None
+    if image:
+        out.note(f"{image.name} is ready; to use it for new machines: kodemachine base use {image.name}")
+    else:
+        out.note(f"{vm.name} is sealed and off. Its name makes it an image: rename it in UTM to kodeimage-vX.Y.Z")
     return 0
 
 
-def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
-    """Looks, shows, asks and seals; false with --check, after which nothing has changed."""
-    out, vm, was_off = ctx.out, sealer.vm, sealer.vm.power is Power.STOPPED
-    if opts.check and vm.power is not Power.STARTED:
-        raise WrongState(f"{vm.name} is {vm.power.value}; --check looks into a running machine", "Start it first.")
-    sealer.wake(ctx.manager.settings.boot_timeout)
-    steps = sealer.ask("check")
-    if opts.check:
-        out.result(step_table(steps))
+def xdg_folder(variable: str, default: str) -> str:
+    """The folder of kodemachine in the one that an environment variable names, if that is absolute, or the default."""
+    base = os.environ.get(variable) or ""
+    if not os.path.isabs(base):
+        base = os.path.expanduser(default)
+    return os.path.join(base, "kodemachine")
+
+
+def cache_folder() -> str:
+    """The folder of downloaded images, which may be deleted at any time."""
+    return xdg_folder("XDG_CACHE_HOME", "~/.cache")
+
+
+def use_if_only(ctx: Context, vm: VM) -> bool:
+    """Configures an image if it is the only one and none is configured. Returns whether new machines come from it."""
+    with ctx.manager.fleet_lock():
+        fleet = ctx.manager.fleet()
+        # Another run may have set it meanwhile.
+        configured = ctx.config.settings().base_image
+        if configured:
+            return configured in (vm.name, vm.uuid)
+        if {image.uuid for image in fleet.images} <= {vm.uuid}:
+            ctx.config.set("base_image", vm.name)
+            return True
+    return fleet.default_image == vm.name
+
+
+@command("base create", option("name", metavar="vX.Y.Z", type=version, help="the image's version"),
+         option("--image", metavar="URL|FILE", help="a cloud image in qcow2 format instead of Ubuntu 24.04"),
+         option("--disk", type=disk_size, default=64 << 30, metavar="SIZE", help="size of the virtual disk (64G)"),
+         option("--cpus", type=count, default=4, metavar="N", help="CPUs of its clones (4)"),
+         option("--memory", type=mebibytes, default=4096, metavar="SIZE", help="memory of its clones (4G)"),
+         option("--user", metavar="NAME", help="the user in it (ssh_user, or your login name)"),
+         examples=["base create v0.1.0", "base create v0.1.0 --disk 128G --memory 8G"])
+def cmd_base_create(ctx: Context, opts: Arguments) -> int:
+    """create an image: download a cloud image, verify it, set it up, and seal it"""
+    settings = ctx.manager.settings
+    user = user_name(opts.user or settings.ssh_user)
+    key = public_key(settings.identity_file)
+    plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user, key)
+    creator = Creator(ctx.manager, cache_folder(), plan)
+    vm = creator.create()
+    is_default = use_if_only(ctx, vm)
+    creator.done(vm)
+    if is_default:
+        ctx.out.note(f"{vm.name} is ready; to create a machine from it: kodemachine project-alpha")
     else:
-        out.note(step_table(steps), needed=not opts.yes)
-    sealer.must(steps)
-    if opts.check:
+        ctx.out.note(f"{vm.name} is ready; to use it for new machines: kodemachine base use {vm.name}")
+    if opts.user not in (None, settings.ssh_user):
+        ctx.out.note(f"Its user is {user}; for ssh: kodemachine config set ssh_user {user}")
+    return 0
+
+
+# -- configuration and other tools
+
+
+def show_config_path(ctx: Context, opts: Arguments) -> None:
+    """config path"""
+    if opts.key is not None:
+        raise UsageError("config path takes no other words", "kodemachine config path")
+    ctx.out.result(ctx.config.path)
+
+
+def known_keys() -> str:
+    """The hint with the keys of the configuration."""
+    return "Keys: " + ", ".join(SETTINGS)
+
+
+def set_config(ctx: Context, opts: Arguments) -> None:
+    """config set KEY VALUE"""
+    if opts.key is None or opts.value is None:
+        raise UsageError("config set needs a key and a value", known_keys())
+    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
+        if opts.value:
+            ctx.config.set(opts.key, opts.value)
+        else:
+            ctx.config.unset(opts.key)
+    if opts.key in PATHS and opts.value and not os.path.exists(os.path.expanduser(opts.value)):
+        ctx.out.warn(f"{opts.key}: {opts.value} does not exist yet")
+
+
+def unset_config(ctx: Context, opts: Arguments) -> None:
+    """config unset KEY"""
+    if opts.key is None or opts.value is not None:
+        raise UsageError("config unset needs one key", known_keys())
+    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
+        ctx.config.unset(opts.key)
+
+
+def setting_text(value: object) -> str:
+    """A value of the configuration for a person; empty if it is unset."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def show_config(ctx: Context, opts: Arguments) -> None:
+    """config, or config get KEY"""
+    if opts.value is not None:
+        raise UsageError("config get takes one key and no value",
+                         f"To set it: {command_line(['config', 'set', opts.key, opts.value])}")
+    values = ctx.manager.settings._asdict()
+    if opts.key is not None and opts.key not in values:
+        raise UsageError(f"unknown key {opts.key!r}", known_keys())
+    shown = values if opts.key is None else values[opts.key]
+    if opts.as_json:
+        ctx.out.json(shown)
+    elif opts.key is None:
+        for key, value in values.items():
+            ctx.out.result(f"{key} = {setting_text(value)}")
+    else:
+        ctx.out.result(setting_text(shown))
+
+
+@command("config", option("action", nargs="?", choices=["get", "set", "unset", "path"], help="get, set, unset or path"),
+         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value"), JSON,
+         examples=["config", "config get base_image", "config set ssh_user me", "config unset ssh_user"])
+def cmd_config(ctx: Context, opts: Arguments) -> int:
+    """show or change the configuration"""
+    actions = {"path": show_config_path, "set": set_config, "unset": unset_config, "get": show_config}
+    actions[opts.action or "get"](ctx, opts)
+    return 0
+
+
+def write_own_stanza(path: str, stanza: str) -> None:
+    """Writes the stanza to kodemachine's own file. Raises KodeError if the file is somebody else's."""
+    with explained(path):
+        existing = read_text(path, "surrogateescape")
+    if existing and " proxy %h" not in existing:
+        raise KodeError(f"{path} is not kodemachine's file and is not replaced",
+                        "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
+    write_file(path, stanza)
+
+
+def include_in(ctx: Context, path: str, before: str, include: str) -> bool:
+    """Puts the Include line at the head of the person's file, and keeps a copy of the file.
+
+    A file that cannot be written is a warning with the line to add. Returns whether the line was added.
+    """
+    try:
+        if before:
+            write_file(path + ".before-kodemachine", before)
+        write_file(os.path.realpath(path), f"{include}\n\n{before}")
+    except KodeError as failure:
+        ctx.out.warn(f"{failure.message}. Add this line before the first Host line of {path}: {include}")
         return False
-    if not opts.yes and not out.confirm(f"Seal {vm.name}, and shut it down?", "base seal"):
-        if was_off:
-            sealer.power_off()
-        raise KodeError("nothing was changed")
-    rootless = any(step.name == "sudo" and step.status == "warn" for step in steps)
-    asks = rootless and out.can_ask and not opts.yes
-    sudo = asks and out.confirm(f"May {sealer.user} become root without a password?", "sudo")
-    done = [step for step in sealer.apply(sudo=sudo) if step.status != "ok"]
-    out.note(step_table(done))
     return True
 
 
-@command("doctor", JSON, examples=["doctor"])
-def cmd_doctor(ctx: Context, opts: Arguments) -> int:
-    """check the host, UTM, the image and the machines; each finding with its remedy"""
-    signs = {OK: "ok", WARNING: "!", ERROR: "x", SKIPPED: "-"}
-    if ctx.out.fits("\u2713\u2717"):
-        signs.update({OK: "\u2713", ERROR: "\u2717"})
-    findings = []
-    for finding in Doctor(ctx.manager).findings():
-        findings.append(finding)
-        if not opts.as_json:
-            indent = len(signs[OK]) + 2 + CHECK_WIDTH
-            ctx.out.result(f"{signs[finding.level]:{len(signs[OK])}} {finding.check:{CHECK_WIDTH}} {finding.message}"
-                           + (f"\n{'':{indent}}{finding.remedy}" if finding.remedy else ""))
-    if opts.as_json:
-        ctx.out.json([finding._asdict() for finding in findings])
-    errors, warnings = (sum(finding.level == level for finding in findings) for level in (ERROR, WARNING))
-    ctx.out.note(f"{errors} to mend, {warnings} to look at" if errors or warnings else "all is well")
-    return 1 if errors else 0
-
-
-@command("config", option("action", nargs="?", choices=["get", "set", "path"], help="get, set or path"),
-         option("key", nargs="?", help="one key"), option("value", nargs="?", help="its new value; '' unsets it"), JSON,
-         examples=["config", "config set ssh_user me", "config get base_image"])
-def cmd_config(ctx: Context, opts: Arguments) -> int:
-    """show or change the configuration"""
-    if opts.action == "path":
-        if opts.key is not None:
-            raise UsageError("config path takes nothing more", "See: kodemachine help config")
-        ctx.out.result(ctx.config.path)
-    elif opts.action == "set":
-        if opts.key is None or opts.value is None:
-            raise UsageError("config set needs a key and a value", "Keys: " + ", ".join(SETTINGS))
-        with ctx.manager.state.lock("fleet", 30, what="the fleet"):
-            ctx.config.set(opts.key, opts.value)
-        if opts.key in PATHS and opts.value and not os.path.exists(os.path.expanduser(opts.value)):
-            ctx.out.warn(f"{opts.key}: there is no {opts.value} yet")
-    else:
-        if opts.value is not None:
-            raise UsageError("config get takes one key and no value",
-                             f"To set it: kodemachine config set {opts.key} {shlex.quote(opts.value)}")
-        values = ctx.manager.settings._asdict()
-        if opts.key and opts.key not in values:
-            raise UsageError(f"unknown key {opts.key!r}", "Keys: " + ", ".join(SETTINGS))
-        if opts.as_json:
-            ctx.out.json(values[opts.key] if opts.key else values)
-            return 0
-        for key in [opts.key] if opts.key else values:
-            value = values[key]
-            text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
-            ctx.out.result(text if opts.key else f"{key} = {text}")
+@command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
+         examples=["ssh-config --install"])
+def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
+    """let ssh, scp, rsync, git and editors use machines by name"""
+    prefix = ctx.manager.settings.prefix
+    stanza = f"Host {prefix}*\n"
+    for key, value in ctx.manager.ssh.name_options().items():
+        stanza += f"  {key} {value}\n"
+    if not opts.install:
+        ctx.out.result(stanza.rstrip())
+        ctx.out.note("Paste this before the first Host line of ~/.ssh/config, or: kodemachine ssh-config --install")
+        return 0
+    ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
+    theirs = os.path.expanduser("~/.ssh/config")
+    with explained(theirs, "To show the lines and paste them: kodemachine ssh-config"):
+        before = read_text(theirs, "surrogateescape") or ""
+    write_own_stanza(ours, stanza)
+    include = f'Include "{ours}"'
+    if include not in before.splitlines() and not include_in(ctx, theirs, before, include):
+        return 0
+    ctx.out.note(f"ssh {prefix}LABEL works now ({ours}, included in ~/.ssh/config)")
     return 0
 
 
-# Each asks the program itself, so that there is nothing in them to go stale. Bash: also the 3.2 of macOS, which
-# has neither compopt nor mapfile; so each word brings the blank that ends it.
+# Seconds for ssh to receive the socket that is passed to it.
+FDPASS_LIMIT = 10.0
+
+
+def pass_socket(handle: int) -> None:
+    """Passes a connected socket to ssh, through stdout (ProxyUseFdpass)."""
+    import socket
+
+    os.set_blocking(handle, True)
+    with socket.socket(fileno=os.dup(1)) as ssh:
+        socket.send_fds(ssh, [b"\0"], [handle])
+        # macOS may discard a socket in flight whose sender has gone. ssh closes its end when it has the socket.
+        select.select([ssh], [], [], FDPASS_LIMIT)
+
+
+def relay_socket(handle: int) -> None:
+    """Relays between a connected socket and stdin and stdout, until both ends are closed."""
+    import socket
+
+    os.set_blocking(handle, False)
+
+    def hang_up() -> None:
+        # The guest may have closed the connection already.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(handle)) as connection:
+            connection.shutdown(socket.SHUT_WR)
+
+    relay = SerialRelay(handle, 0, 1, b"", None)
+    relay.relay(None, hang_up)
+    relay.close()
+
+
+@command("proxy", option("name", help="the machine's name, with the prefix"),
+         option("--learning", action="store_true", help="an unknown host key will be learned"), hidden=True)
+def cmd_proxy(ctx: Context, opts: Arguments) -> int:
+    """for ssh's ProxyCommand: connect to a running machine by name"""
+    import socket
+
+    manager = ctx.manager
+    label = label_in(opts.name, manager.settings.prefix)
+    if label is None:
+        raise NotFound(f"{opts.name} is not the name of a machine", "To see the machines: kodemachine list")
+    # Progress would appear in the output of ssh, rsync and git.
+    ctx.out.quiet = True
+    with manager.holding(label):
+        vm, address, pinned = manager.running(label)
+    if not (pinned or opts.learning):
+        ctx.out.warn(f"the host key of {vm.name} is not known yet; to learn it: kodemachine ssh {label}")
+    try:
+        connection = socket.create_connection((address, manager.settings.ssh_port), timeout=10)
+    except OSError as failure:
+        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror or failure}",
+                        f"Check its console: kodemachine attach {label}") from None
+    with connection:
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            pass_socket(connection.fileno())
+        else:
+            relay_socket(connection.fileno())
+    return 0
+# ---- parser
+
+USAGE = """\
+kodemachine [-v | -q] [--config FILE] <label> [options] [-- command ...]
+       kodemachine [-v | -q] [--config FILE] <command> ..."""
+TITLE = "A fresh, isolated Linux machine in seconds, from a golden image in UTM."
+EPILOG = """\
+kodemachine project-alpha              a shell in a machine of its own, created if it is missing
+kodemachine project-alpha -- make      run one command there
+kodemachine list                       the machines and their addresses
+kodemachine stop project-alpha         shut it down
+kodemachine purge                      delete the stopped machines"""
+# The headings of the help, and the commands below them. Others appear at the end.
+TOPICS = {"work in a machine": "start ssh exec cp attach", "show": "list status ip doctor",
+          "turn off, keep, delete": "stop restart suspend resume clone delete purge",
+          "images, settings, other tools": "base config ssh-config completion help"}
+# Commands that use the words after `--`.
+TAKES_REST = ("start", "ssh", "exec", "__complete")
+# Options that every command accepts. Their defaults are set once, by the parser of the whole command line.
+GLOBAL_OPTIONS = (
+    option("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show each call to UTM"),
+    option("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress"),
+    option("--config", metavar="FILE", default=argparse.SUPPRESS, help="another configuration file"))
+HELP_OPTIONS = ("-h", "--help")
+
+
+def summary(entry: Command) -> str:
+    """The help of a command in one line."""
+    return (entry.run.__doc__ or "").splitlines()[0]
+
+
+def overview() -> str:
+    """The commands by topic."""
+    texts = {}
+    for name, entry in COMMANDS.items():
+        word = name.partition(" ")[0]
+        if not entry.hidden:
+            texts[word] = GROUPS.get(word) or summary(entry)
+    placed = " ".join(TOPICS.values()).split()
+    others = " ".join(word for word in texts if word not in placed)
+    paragraphs = []
+    for topic, words in {**TOPICS, "more": others}.items():
+        lines = [f"  {word:11} {texts[word]}" for word in words.split() if word in texts]
+        if lines:
+            paragraphs.append("\n".join([topic + ":", *lines]))
+    return "\n\n".join(paragraphs)
+
+
+# -- the words of a command line
+
+
+def takes_value(how: dict[str, Any]) -> bool:
+    """Whether an option, with these keywords of argparse, is followed by a value."""
+    return not str(how.get("action", "")).startswith("store_")
+
+
+def options_with_value() -> set[str]:
+    """The names of all options, of all commands, that are followed by a value."""
+    found: set[str] = set()
+    for options in (GLOBAL_OPTIONS, *(entry.options for entry in COMMANDS.values())):
+        for names, how in options:
+            if names[0].startswith("-") and takes_value(how):
+                found.update(names)
+    return found
+
+
+def first_operand(words: Sequence[str]) -> int:
+    """The position of the first word that is not an option or its value: a command or a label."""
+    with_value = options_with_value()
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] != "-":
+        at += 2 if words[at] in with_value else 1
+    return min(at, len(words))
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
+    """The words before the first `--`, the words after it (None without `--`), and whether a label is without command.
+
+    `start` is inserted before such a label.
+    """
+    words = list(argv)
+    rest = None
+    if "--" in words:
+        dashes = words.index("--")
+        words, rest = words[:dashes], words[dashes + 1:]
+    at = first_operand(words)
+    if at == len(words) or not {*HELP_OPTIONS, "--version"}.isdisjoint(words[:at]):
+        return words, rest, False
+    known = {name.partition(" ")[0] for name in spellings()}
+    if words[at] in known:
+        return words, rest, False
+    words.insert(at, "start")
+    return words, rest, True
+
+
+def command_at(words: Sequence[str]) -> tuple[str, int]:
+    """The command at the beginning of `words`, as the table names it, and its number of words; "" and 0 without one."""
+    known = spellings()
+    for length in (2, 1):
+        name = known.get(" ".join(words[:length]))
+        if name and len(words) >= length:
+            return name, length
+    return "", 0
+
+
+def separate_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options with their values: those that every command accepts, and all others."""
+    with_value = options_with_value()
+    common = {name for names, _ in GLOBAL_OPTIONS for name in names}
+    found: tuple[list[str], list[str]] = ([], [])
+    at = 0
+    while at < len(words):
+        length = 2 if words[at] in with_value else 1
+        is_common = words[at].partition("=")[0] in common
+        found[0 if is_common else 1].extend(words[at:at + length])
+        at += length
+    return found
+
+
+def unknown_option(name: str, word: str) -> UsageError:
+    """The error for a word that a command, or kodemachine alone, does not take."""
+    topic = ["help", *name.split()]
+    return UsageError(f"{name or 'kodemachine'} does not take {word!r}", f"See: {command_line(topic)}")
+
+
+def check_order(words: Sequence[str], rest: Sequence[str] | None) -> None:
+    """Raises UsageError for an option of a command that comes before the command."""
+    if not {*HELP_OPTIONS, "--version"}.isdisjoint(words):
+        return
+    at = first_operand(words)
+    common, misplaced = separate_options(words[:at])
+    if not misplaced:
+        return
+    typed = misplaced[0].partition("=")[0]
+    name, length = command_at(words[at:])
+    if not name or not any(typed in names for names, _ in COMMANDS[name].options):
+        raise unknown_option(name, typed)
+    if rest is not None and typed in ("-d", "--detach"):
+        raise detach_with_command([word for word in words[at + length:] if not word.startswith("-")], rest)
+    meant = [*common, *words[at:at + length], *misplaced, *words[at + length:]]
+    raise UsageError(f"{typed} goes after the command", command_line(meant, rest))
+
+
+# -- argparse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the program's own errors: one line and a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        program, *words = self.prog.split()
+        message = re.sub("^the following arguments are required: ", f"{' '.join(words)} needs: ", message)
+        raise UsageError(message, f"See: {' '.join([program, 'help', *words])}")
+
+
+PARSER_FORM: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def add_global_options(parser: Parser, own: Sequence[Option]) -> None:
+    """Lets a command accept the global options, without a mention in its help, unless it has one of its own."""
+    taken = {name for names, _ in own for name in names}
+    for names, how in GLOBAL_OPTIONS:
+        if taken.isdisjoint(names):
+            parser.add_argument(*names, **{**how, "help": argparse.SUPPRESS})
+
+
+def add_group(commands: Any, group: str) -> Any:
+    """Adds a group of commands. Without one of them, it shows its help. Returns the place for its commands."""
+    parser = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group], **PARSER_FORM)
+    add_global_options(parser, [])
+    parser.set_defaults(run=COMMANDS["help"].run, topic=[group], name=group)
+    return parser.add_subparsers(metavar="command", parser_class=Parser)
+
+
+def add_command(commands: Any, name: str) -> Parser:
+    """Adds the parser of one command, from the table."""
+    entry = COMMANDS[name]
+    text = summary(entry)
+    form = dict(PARSER_FORM)
+    if not entry.hidden:
+        form["help"] = text
+    if entry.examples:
+        form["epilog"] = "\n  kodemachine ".join(["examples:", *entry.examples])
+    word = name.rpartition(" ")[2]
+    parser: Parser = commands.add_parser(word, aliases=list(entry.aliases), description=text, **form)
+    for names, how in entry.options:
+        parser.add_argument(*names, **how)
+    add_global_options(parser, entry.options)
+    parser.set_defaults(run=entry.run, name=name)
+    return parser
+
+
+def mention_rest(parser: Parser, name: str) -> None:
+    """Adds the command after `--` to the usage of a command."""
+    usage = parser.format_usage().partition(" ")[2].rstrip()
+    parser.usage = f"{usage} -- command ..." if name == "exec" else f"{usage} [-- command ...]"
+
+
+def build_parser(words: Sequence[str] = HELP_OPTIONS) -> Parser:
+    """The parser of everything before the first `--`. No I/O.
+
+    It has only the commands that are among `words`, because each costs time; all of them if `words` ask for help.
+    """
+    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, **PARSER_FORM)
+    for names, how in GLOBAL_OPTIONS:
+        parser.add_argument(*names, **how)
+    parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
+    parser.set_defaults(verbose=False, quiet=False, config=None, run=None, name="")
+    # The epilog has the commands, by topic.
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine",
+                                     help=argparse.SUPPRESS)
+    wants_help = not set(HELP_OPTIONS).isdisjoint(words)
+    if wants_help:
+        parser.epilog = f"{overview()}\n\n{EPILOG}"
+    groups: dict[str, Any] = {}
+    for name, entry in COMMANDS.items():
+        group, _, _ = name.rpartition(" ")
+        first_words = {name.partition(" ")[0], *([] if group else entry.aliases)}
+        if not wants_help and first_words.isdisjoint(words):
+            continue
+        if group and group not in groups:
+            groups[group] = add_group(commands, group)
+        added = add_command(groups[group] if group else commands, name)
+        if wants_help and name in TAKES_REST:
+            mention_rest(added, name)
+    return parser
+
+
+def take_late_operands(opts: Arguments, unknown: list[str]) -> None:
+    """Adds labels and paths that come after an option, where argparse does not expect them, to the others."""
+    if any(word.startswith("-") for word in unknown):
+        return
+    for name in ("labels", "paths"):
+        if hasattr(opts, name):
+            getattr(opts, name).extend(unknown)
+            unknown.clear()
+
+
+def mistyped_with_options(labels: Sequence[str]) -> UsageError:
+    """The error for a word that is not a command, with options that `start` does not take."""
+    word = labels[0]
+    near = near_command(word, command_words())
+    if not near:
+        return UsageError(f"unknown command {word!r}", "See: kodemachine help")
+    return UsageError(f"unknown command {word!r}; did you mean {near!r}?", f"See: {command_line(['help', near])}")
+
+
+def unknown_words(opts: Arguments, words: Sequence[str], unknown: Sequence[str]) -> UsageError:
+    """The error for words that the command does not take."""
+    if opts.bare and (len(opts.labels) > 1 or near_command(opts.labels[0], command_words())):
+        return mistyped_with_options(opts.labels)
+    options = [word for word in unknown if word.startswith("-")]
+    if not options and opts.name in TAKES_REST and opts.rest is None:
+        before = words[:len(words) - len(unknown)]
+        return UsageError(f"{opts.name} does not take {unknown[0]!r}",
+                          f"A command for the machine goes after --: {command_line(before, unknown)}")
+    return unknown_option(opts.name, (options or unknown)[0])
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The command line as values, `rest` and `bare` among them. Raises UsageError, or SystemExit after help."""
+    words, rest, bare = split_command_line(argv)
+    check_order(words, rest)
+    opts, unknown = build_parser(words).parse_known_args(words)
+    opts.rest, opts.bare = rest, bare
+    if unknown:
+        take_late_operands(opts, unknown)
+    if unknown:
+        raise unknown_words(opts, words, unknown)
+    if opts.verbose and opts.quiet:
+        raise UsageError("-v and -q exclude each other", "See: kodemachine help")
+    if rest is not None and opts.name not in TAKES_REST:
+        message = f"{opts.name} takes no command after --" if opts.name else "there is no label before --"
+        example = command_line(["project-alpha"], rest or ["make"])
+        raise UsageError(message, f"To run a command in a machine, for example: {example}")
+    return opts
+# ---- completion, help, first screen
+
+# Each script asks the program itself, so nothing in it becomes outdated. For the names of files, and when the program
+# offers nothing, each shell does what it does without the script.
+#
+# Bash: also 3.2 of macOS, which has neither compopt nor mapfile; so each word brings the blank that ends it.
 COMPLETIONS = {"bash": r"""# for ~/.bashrc: eval "$(kodemachine completion bash)"
 _kodemachine() {
   local line=${COMP_LINE:0:COMP_POINT} word found end
@@ -5613,40 +7435,35 @@ _kodemachine() {
   word=${words[${#words[@]} - 1]}
   COMPREPLY=()
   while IFS=$'\t' read -r found _; do
-    if [[ $found == / ]]; then
-      while IFS= read -r found; do
-        end=' '
-        [[ ! -d ${found/#\~/$HOME} ]] || end=/
-        [[ $found == '~'* ]] || printf -v found %q "$found"
-        COMPREPLY[${#COMPREPLY[@]}]=$found$end
-      done < <(compgen -f -- "$word")
-    elif [[ $found == "$word"* ]]; then
-      [[ $found == *: ]] || found+=' '
-      COMPREPLY[${#COMPREPLY[@]}]=$found
-    fi
+    [[ $found == "$word"* ]] || continue
+    [[ $found == *: ]] || found+=' '
+    COMPREPLY[${#COMPREPLY[@]}]=$found
   done < <(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)
-  # Bash breaks words at these, too: it has that much already.
+  if [[ ${#COMPREPLY[@]} == 0 ]]; then
+    compopt +o nospace 2>/dev/null
+    return
+  fi
+  # Bash breaks words at these characters, too: it has the part before them already.
   end=${word%"${word##*[:=]}"}
-  [[ -z $end || $COMP_WORDBREAKS != *:* || ${#COMPREPLY[@]} == 0 ]] || COMPREPLY=("${COMPREPLY[@]#"$end"}")
+  [[ -z $end || $COMP_WORDBREAKS != *:* ]] || COMPREPLY=("${COMPREPLY[@]#"$end"}")
 }
-complete -o nospace -F _kodemachine kodemachine
+complete -o default -o nospace -F _kodemachine kodemachine
 """, "zsh": r"""#compdef kodemachine
 # for ~/.zshrc: eval "$(kodemachine completion zsh)"
 _kodemachine() {
-  local line word files=1 found=1
+  local line word found=1
   local -a whole open
   for line in "${(@f)$(kodemachine __complete -- "${(@)words[2,CURRENT-1]}" "$PREFIX" 2>/dev/null)}"; do
     word=${line%%$'\t'*}
     case $word in
       '') ;;
-      /) files=0 ;;
       *:) open+=("$word") ;;
       *) whole+=("${word//:/\\:}:${line#*$'\t'}") ;;
     esac
   done
   (( ! $#whole )) || { _describe kodemachine whole && found=0 }
   (( ! $#open )) || { compadd -S '' -a open && found=0 }
-  (( files )) || { _files && found=0 }
+  (( ! found )) || { _files && found=0 }
   return found
 }
 if [[ $funcstack[1] == _kodemachine ]]; then
@@ -5658,327 +7475,255 @@ fi
 """, "fish": r"""# for ~/.config/fish/config.fish: kodemachine completion fish | source
 function __kodemachine
     set -l words (commandline -opc) (commandline -ct)
-    for line in (kodemachine __complete -- $words[2..-1] 2>/dev/null)
-        if string match -q '/*' -- $line
-            complete -C "'' "(commandline -ct)
-        else
-            printf '%s\n' $line
-        end
-    end
+    kodemachine __complete -- $words[2..-1] 2>/dev/null
 end
-complete -c kodemachine -f -a '(__kodemachine)'
+complete -c kodemachine -a '(__kodemachine)'
 """}
 
 
-@command("completion", option("shell", choices=list(COMPLETIONS), help="your shell"),
-         examples=["completion zsh"])
+@command("completion", option("shell", choices=list(COMPLETIONS), help="your shell"), examples=["completion zsh"])
 def cmd_completion(ctx: Context, opts: Arguments) -> int:
-    """what lets the shell complete commands, labels and images"""
+    """print a script that lets the shell complete commands, labels and images"""
     ctx.out.result(COMPLETIONS[opts.shell].rstrip("\n"))
     return 0
 
 
-@command("__complete", hidden=True)
-def cmd_complete(ctx: Context, opts: Arguments) -> int:
-    """for the shells: what may stand in place of the last of the words behind --, one a line, and / for files"""
-    *before, word = opts.rest or [""]
-    words, rest, _ = split_command_line(before)
-    found = {"/": ""} if rest is not None else fitting(ctx, words, word)
-    lines = [f"{text}\t{explanation}\n" for text, explanation in found.items() if text not in before]
-    ctx.out.raw("".join(lines).encode())
-    return 0
+def options_at(name: str | None) -> list[Option]:
+    """The options that are possible at a place with that name."""
+    options: list[Option] = [(HELP_OPTIONS, {"help": "show the help"})]
+    if name == "":
+        options.append((("--version",), {"help": "show the version"}))
+        options += GLOBAL_OPTIONS
+    if name in COMMANDS:
+        options += [(names, how) for names, how in COMMANDS[name].options if names[0].startswith("-")]
+    return options
 
 
-def fitting(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
-    """What may stand behind `words` where `word` was begun, each with its explanation."""
-    parser, place = next_place(words)
-    if word.startswith("-") and not (place and place.option_strings):
-        return {name: str(action.help) for action in parser._actions for name in action.option_strings}
-    if place is None:
-        return {}
-    if isinstance(place, argparse._SubParsersAction):
-        labels = known_machines(ctx) if place.dest == "command" else {}     # a bare label stands where commands do
-        return {**{str(entry.dest): str(entry.help) for entry in place._get_subactions()}, **labels}
-    if place.choices is not None:
-        return dict.fromkeys(place.choices, "")
-    found: dict[str, str] = {}
-    for kind in str(place.metavar or place.dest).lower().split("|"):
-        found.update(WORDS[kind](ctx, words) if kind in WORDS else {})
+class Place(NamedTuple):
+    """The place on the command line after some words."""
+
+    # The command, the group whose command comes next, or "" before a command. None: something unknown came.
+    name: str | None
+    # The argument that comes next: a value of an option, or an operand. None: neither.
+    argument: Option | None
+    is_value: bool
+
+
+def next_name(group: str, word: str) -> str | None:
+    """The command or group that a word names, inside a group or at the beginning; None if it is unknown."""
+    name = f"{group} {word}".strip()
+    if name in GROUPS:
+        return name
+    return spellings().get(name)
+
+
+def place_after(words: Sequence[str]) -> Place:
+    """The place after `words`, which begin after the name of the program."""
+    name: str | None = ""
+    operands: list[Option] = []
+    value_of: Option | None = None
+    for word in words:
+        if value_of:
+            value_of = None
+        elif word.startswith("-"):
+            value_of = next((one for one in [*options_at(name), *GLOBAL_OPTIONS]
+                             if word in one[0] and one[0] != HELP_OPTIONS and takes_value(one[1])), None)
+        elif name == "" or name in GROUPS:
+            name = next_name(name or "", word)
+            operands = operands_of(name) if name in COMMANDS else []
+        elif operands and operands[0][1].get("nargs") not in ("*", "+"):
+            operands.pop(0)
+    if value_of:
+        return Place(name, value_of, True)
+    return Place(name, operands[0] if operands else None, False)
+
+
+def known_commands(before: Sequence[str]) -> dict[str, str]:
+    """The next words of the commands that begin with the words `before`, each with its help."""
+    found = {}
+    for name, entry in COMMANDS.items():
+        words = name.split()
+        if not entry.hidden and len(words) > len(before) and words[:len(before)] == list(before):
+            word = words[len(before)]
+            found[word] = GROUPS.get(word) or summary(entry)
     return found
 
 
-def next_place(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Action | None]:
-    """The parser that reads what follows `words`, and the argument that it would be, if there is one."""
-    parser: argparse.ArgumentParser = build_parser()
-    operands = [action for action in parser._actions if not action.option_strings]
-    option: argparse.Action | None = None       # whose value comes next
-    for word in words:
-        if option:
-            option = None
-        elif word.startswith("-"):
-            named = parser._option_string_actions.get(word)
-            option = named if named and named.nargs != 0 else None
-        elif operands and isinstance(operands[0], argparse._SubParsersAction):
-            parser = operands[0].choices.get(word, Parser())
-            operands = [action for action in parser._actions if not action.option_strings]
-        elif operands and operands[0].nargs not in ("*", "+"):
-            operands.pop(0)
-    return parser, option or next(iter(operands), None)
+# Seconds for one list, when a person waits at a prompt.
+GLANCE = 2.0
 
 
-def glimpse(ctx: Context) -> tuple[Manager, list[Row]]:
-    """One look at the fleet that costs at most GLANCE seconds and says nothing of its own. Raises KodeError."""
-    settings, silent = ctx.config.settings(), Notes()
-    utm = Utmctl(settings.utmctl, ctx.interrupts, silent)
+def glance(ctx: Context) -> Fleet:
+    """The fleet from a single list, without any message. Raises KodeError."""
+    notes = Notes()
+    settings = Config(ctx.config.path, notes).settings()
+    utm = Utmctl(settings.utmctl, ctx.interrupts, notes)
     try:
-        return Manager(settings, utm, State(state_folder(), silent)), utm.glimpse(GLANCE)
+        rows = Rows(utm.list_once(GLANCE))
     finally:
         utm.close()
+    return Fleet(rows, State(ctx.manager.state.folder, notes).records(), settings)
 
 
 def known_machines(ctx: Context, ending: str = "", *, images: bool = False) -> dict[str, str]:
-    """The labels, or the images, each with its state; none if UTM does not tell."""
-    with contextlib.suppress(KodeError):
-        manager, rows = glimpse(ctx)
-        if images:
-            return {printable(row.name): row.power.value for row in manager.images(rows)}
-        return {f"{manager.label_of(row.name)}{ending}": row.power.value for row in manager.clones(rows)}
+    """The labels, each with `ending`, or the images, with their states. Empty if UTM does not answer soon."""
+    try:
+        fleet = glance(ctx)
+    except KodeError:
+        return {}
+    if images:
+        return {printable(machine.name): machine.power.word for machine in fleet.images}
+    return {f"{machine.label}{ending}": machine.power.word for machine in fleet.clones}
+
+
+def candidates_for(ctx: Context, argument: Option, words: Sequence[str]) -> dict[str, str]:
+    """The possible values of one argument. Files are left to the shell."""
+    names, how = argument
+    if "choices" in how:
+        return dict.fromkeys(how["choices"], "")
+    kind = str(how.get("metavar") or names[0]).lower()
+    if kind in ("label", "vm"):
+        return known_machines(ctx)
+    if kind == "image" and names[0] != "--as":
+        return known_machines(ctx, images=True)
+    if kind == "path":
+        return known_machines(ctx, ":")
+    if kind == "command":
+        return known_commands(words[1:])
     return {}
 
 
-def known_commands(words: Sequence[str]) -> dict[str, str]:
-    """The next word of the commands that begin with `words`."""
-    start = " ".join([*words, ""])
-    return {name[len(start):].partition(" ")[0]: "" for name, entry in COMMANDS.items()
-            if not entry.hidden and name.startswith(start)}
+def candidates(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
+    """The words that are possible after `words`, where `word` was begun, each with its explanation."""
+    place = place_after(words)
+    if word.startswith("-") and not place.is_value:
+        return {name: str(how.get("help", "")) for names, how in options_at(place.name) for name in names}
+    if place.argument:
+        return candidates_for(ctx, place.argument, words)
+    if place.name == "":
+        # A label can be in the place of a command.
+        return {**known_commands([]), **known_machines(ctx)}
+    if place.name in GROUPS:
+        return known_commands([str(place.name)])
+    return {}
 
 
-# What Tab offers for a value, by the word that the help has for it; behind `words`.
-WORDS: dict[str, Callable[[Context, Sequence[str]], dict[str, str]]] = {
-    "label": lambda ctx, words: known_machines(ctx),
-    "vm": lambda ctx, words: known_machines(ctx),
-    "image": lambda ctx, words: known_machines(ctx, images=True),
-    "path": lambda ctx, words: {**known_machines(ctx, ":"), "/": ""},
-    "file": lambda ctx, words: {"/": ""},
-    "key": lambda ctx, words: {key: wanted for key, (wanted, _) in SETTINGS.items()},
-    "command": lambda ctx, words: known_commands(words[1:]),
-}
-
-
-def welcome(ctx: Context, opts: Arguments) -> int:
-    """What `kodemachine` alone says: the five lines that one needs, and the fleet at a glance."""
-    lines = ["", "All commands: kodemachine help"]
-    try:
-        manager, rows = glimpse(ctx)
-        states: dict[str, list[str]] = {}
-        for row in manager.clones(rows):
-            states.setdefault(row.power.value, []).append(str(manager.label_of(row.name)))
-        lines[:0] = [f"{state + ':':8} {', '.join(sorted(labels))}" for state, labels in sorted(states.items())]
-        if not rows:            # an installation that is new
-            lines.insert(0, "UTM shows no machines; unless it has only just started: kodemachine base create v0.1.0")
-        elif not states:
-            manager.base(rows, None)
-            lines.insert(0, "no machines yet; the first of these lines makes one")
-    except NotFound as failure:
-        lines.insert(0, f"no machines yet: {failure.message}. {failure.hint}")
-    except UsageError as failure:           # a broken configuration, without which doctor cannot look
-        lines.insert(0, f"the machines are not shown: {failure.message}. {failure.hint}")
-    except KodeError as failure:
-        lines.insert(0, f"the machines are not shown: {failure.message}; see: kodemachine doctor")
-    ctx.out.result("\n".join([TITLE, "", *(f"  {line}" for line in EPILOG.splitlines()), "", *lines]))
+@command("__complete", hidden=True)
+def cmd_complete(ctx: Context, opts: Arguments) -> int:
+    """for the shells: the candidates for the last of the words after --, one per line, each with an explanation"""
+    *before, word = opts.rest or [""]
+    words, rest, _ = split_command_line(before)
+    # The words after a second `--` are a command for the guest.
+    found = {} if rest is not None else candidates(ctx, words, word)
+    lines = [f"{text}\t{explanation}\n" for text, explanation in found.items() if text not in before]
+    ctx.out.raw("".join(lines).encode())
     return 0
 
 
 @command("help", option("topic", nargs="*", metavar="command", help="the command to explain"),
          examples=["help", "help stop"])
 def cmd_help(ctx: Context, opts: Arguments) -> int:
-    """this help, or that of one command"""
+    """show this help, or that of one command"""
     topic = " ".join(opts.topic)
-    if topic and topic not in all_names():
-        near = near_command(topic)
-        raise UsageError(f"there is no command {topic}" + (f"; did you mean {near!r}?" if near else ""),
-                         "See: kodemachine help")
+    if topic and topic not in spellings() and topic not in GROUPS:
+        near = near_command(topic, command_words())
+        if near and not near.startswith("-"):
+            raise UsageError(f"unknown command {topic!r}; did you mean {near!r}?", command_line(["help", near]))
+        raise UsageError(f"unknown command {topic!r}", "See: kodemachine help")
     build_parser().parse_args([*opts.topic, "--help"])
     return 0
 
 
-# ---- the command line
-
-USAGE = """\
-kodemachine [-v | -q] [--config FILE] <label> [options] [-- command ...]
-       kodemachine [-v | -q] [--config FILE] <command> ..."""
-TAKES_REST = ("start", "ssh", "exec", "__complete")      # commands that have a use for what stands behind --
-TITLE = "A fresh, isolated Linux machine in seconds, from a golden image in UTM."
-EPILOG = """\
-kodemachine project-alpha              a shell in a machine of its own, made if it is missing
-kodemachine project-alpha -- make      run one command there
-kodemachine list                       what there is
-kodemachine stop project-alpha         shut it down
-kodemachine purge                      take the disk space of stopped machines back"""
+def show_first_screen(ctx: Context, opts: Arguments) -> int:
+    """The output of `kodemachine` alone: the lines that a newcomer needs. It asks nothing of UTM."""
+    lines = [TITLE, ""]
+    for line in EPILOG.splitlines():
+        lines.append(f"  {line}")
+    lines += ["", "To create the first image: kodemachine base create v0.1.0",
+              "To check this Mac and UTM: kodemachine doctor", "All commands: kodemachine help"]
+    ctx.out.result("\n".join(lines))
+    return 0
+# ---- main
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of ours: one line and a hint."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UsageError."""
-        words = self.prog.split()
-        message = re.sub("^the following arguments are required: ", f"{' '.join(words[1:])} needs: ", message)
-        raise UsageError(message, f"See: {' '.join(words[:1] + ['help'] + words[1:])}")
-
-
-def overview() -> str:
-    """The commands by what they are for."""
-    texts = {name.partition(" ")[0]: (entry.run.__doc__ or "").splitlines()[0]
-             for name, entry in COMMANDS.items() if not entry.hidden}
-    texts.update((name, text) for name, text in GROUPS.items() if name in texts)
-    placed = " ".join(TOPICS.values()).split()
-    topics = {**TOPICS, "more": " ".join(word for word in texts if word not in placed)}
-    return "\n\n".join(
-        "\n".join([f"{topic}:", *(f"  {word:11} {texts[word]}" for word in words.split() if word in texts)])
-        for topic, words in topics.items() if words)
+def config_path(opts: Arguments) -> str:
+    """The path of the configuration file. Raises UsageError if the file of --config does not exist."""
+    if not opts.config:
+        return os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "config.json")
+    path = os.path.abspath(str(opts.config))
+    if not os.path.exists(path):
+        raise UsageError(f"{path} does not exist", f"To begin with the defaults: echo '{{}}' > {shlex.quote(path)}")
+    return path
 
 
-def build_parser(words: Sequence[str] = ("--help",)) -> Parser:
-    """The parser of everything before the first `--`, from the command table; of the commands only those that `words`
-    name, since each costs time, unless they ask for help. No I/O."""
-    form: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, **form)
-    volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="store_true", help="show each call to UTM")
-    volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    parser.add_argument("--config", metavar="FILE", help="another configuration file")
-    parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
-    parser.set_defaults(run=welcome)
-    top = parser.add_subparsers(dest="command", metavar="command", parser_class=Parser, prog="kodemachine",
-                                help=argparse.SUPPRESS)         # the epilog has them, by topic
-    places = {"": top}          # where the parsers of commands with one word, and of those of a group, are added
-    helping = not {"-h", "--help"}.isdisjoint(words)
-    parser.epilog = f"{overview()}\n\n{EPILOG}" if helping else None
-    for name, entry in COMMANDS.items():
-        if not helping and {name.partition(" ")[0], *entry.aliases}.isdisjoint(words):
-            continue
-        text = (entry.run.__doc__ or "").splitlines()[0]
-        listed: dict[str, Any] = {} if entry.hidden else {"help": text}
-        group, _, word = name.rpartition(" ")
-        if group not in places:
-            family = top.add_parser(group, help=GROUPS[group], description=GROUPS[group], **form)
-            family.set_defaults(run=COMMANDS["help"].run, topic=[group])
-            places[group] = family.add_subparsers(metavar="command", parser_class=Parser)
-        examples = "\n  kodemachine ".join(["examples:", *entry.examples]) if entry.examples else None
-        sub = places[group].add_parser(word, aliases=list(entry.aliases), description=text,
-                                       epilog=examples, **form, **listed)
-        for names, how in entry.options:
-            sub.add_argument(*names, **how)
-        if helping and name in TAKES_REST:
-            sub.usage = sub.format_usage().partition(" ")[2].rstrip() + (" -- command ..." if name == "exec"
-                                                                        else " [-- command ...]")
-        sub.set_defaults(run=entry.run)
-    return parser
-
-
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
-    """The words before the first `--`, with `start` put before a bare label; those behind it; whether it was bare."""
-    words, rest = list(argv), None
-    if "--" in words:
-        at = words.index("--")
-        words, rest = words[:at], words[at + 1:]
-    known = {name.partition(" ")[0] for name in all_names()}
-    i = 0
-    while i < len(words) and words[i].startswith("-") and words[i] != "-":
-        i += 2 if words[i] == "--config" else 1
-    bare = i < len(words) and words[i] not in known and not {"-h", "--help", "--version"} & set(words[:i])
-    return words[:i] + ["start"] * bare + words[i:], rest, bare
-
-
-def xdg_folder(variable: str, default: str) -> str:
-    """Our folder below the one that the environment names, if that is absolute, or else below the default."""
-    base = os.environ.get(variable) or ""
-    return os.path.join(base if os.path.isabs(base) else os.path.expanduser(default), "kodemachine")
-
-
-def state_folder() -> str:
-    """Where the state is kept."""
-    return xdg_folder("XDG_STATE_HOME", "~/.local/state")
-
-
-def cache_folder() -> str:
-    """Where downloaded images are kept; it may be deleted at any time."""
-    return xdg_folder("XDG_CACHE_HOME", "~/.cache")
-
-
-def config_path() -> str:
-    """Where the configuration is, unless --config names another place."""
-    return os.path.join(xdg_folder("XDG_CONFIG_HOME", "~/.config"), "config.json")
-
-
-def run_command(argv: Sequence[str], out: Out, interrupts: Interrupts) -> int:
-    """Parses, builds the layers, and runs the command."""
-    words, rest, bare = split_command_line(argv)
-    out.as_json = "--json" in words
-    opts, unknown = build_parser(words).parse_known_args(words)
-    late = {"-v": "verbose", "--verbose": "verbose", "-q": "quiet", "--quiet": "quiet"}
-    for word in filter(late.__contains__, list(unknown)):       # typed last, by somebody who wants to know more
-        setattr(opts, late[word], True)
-        unknown.remove(word)
-    for name in {"labels", "paths"} & set(vars(opts)):
-        if not any(word.startswith("-") for word in unknown):       # behind an option argparse does not look for them
-            getattr(opts, name).extend(unknown)
-            unknown = []
-    opts.rest, opts.bare = rest, bare
-    out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose       # to a program, steps say nothing
-    takes_rest = opts.command in TAKES_REST
-    if unknown:
-        if unknown[0] == "--config":
-            raise UsageError("--config stands before the command", f"So: kodemachine --config FILE {opts.command} ...")
-        for name, entry in COMMANDS.items():
-            if entry.run is opts.run and any(unknown[0] in names for names, _ in entry.options):
-                raise UsageError(f"{unknown[0]} stands behind the command", f"So: kodemachine {name} {unknown[0]}")
-        hint = "A command to run in the machine stands behind --. " * takes_rest
-        raise UsageError(f"{opts.command or 'kodemachine'} does not take {unknown[0]!r}",
-                         f"{hint}See: kodemachine help {opts.command or ''}".rstrip())
-    if rest is not None and not takes_rest:
-        raise UsageError(f"{opts.command} takes no command after --" if opts.command else "there is no label before --",
-                         "To run a command in a machine: kodemachine LABEL -- command")
-    config = Config(os.path.abspath(opts.config) if opts.config else config_path())
-    if opts.config and not os.path.exists(config.path):
-        raise UsageError(f"{config.path}: there is no such file", "Write {} into it to begin with the defaults.")
-    needs_none = opts.run in (welcome, cmd_help, cmd_completion, cmd_complete) or \
-        (opts.run is cmd_config and opts.action in ("path", "set"))
-    settings = Settings() if needs_none else config.settings()
-    utm = Utmctl(settings.utmctl, interrupts, out)
-    manager = Manager(settings, utm, State(state_folder(), out), ["--config", config.path] if opts.config else [])
+def settings_for(opts: Arguments, config: Config) -> Settings:
+    """The settings, or the defaults for commands that must work with a broken configuration. Raises UsageError."""
+    if opts.name in ("", "base", "help", "completion", "__complete"):
+        return Settings()
+    if opts.name == "config" and opts.action in ("path", "set", "unset"):
+        return Settings()
     try:
-        return int(opts.run(Context(manager, out, interrupts, config), opts))
+        return config.settings()
+    except UsageError:
+        # doctor shows the error as its first finding.
+        if opts.name == "doctor":
+            return Settings()
+        raise
+
+
+def run_command(argv: Sequence[str], out: Terminal, interrupts: Interrupts) -> int:
+    """Parses the command line, builds the layers, and runs the command. Raises KodeError."""
+    words, _, _ = split_command_line(argv)
+    # Also an error of the command line is JSON then.
+    out.as_json = "--json" in words
+    opts = parse(argv)
+    # A program that reads JSON gets no progress.
+    out.quiet, out.verbose = opts.quiet or out.as_json, opts.verbose
+    config = Config(config_path(opts), out)
+    settings = settings_for(opts, config)
+    own_words = ["--config", config.path] if opts.config else []
+    utm = Utmctl(settings.utmctl, interrupts, out)
+    state = State(xdg_folder("XDG_STATE_HOME", "~/.local/state"), out)
+    manager = Manager(settings, utm, state, own_words)
+    run = opts.run or show_first_screen
+    try:
+        return int(run(Context(manager, out, interrupts, config), opts))
     finally:
         utm.close()
 
 
 def complete_handles() -> None:
-    """Opens those of the three standard handles that are closed: else the first file of ours would be one of them."""
+    """Opens those of the three standard handles that are closed. Otherwise the first opened file would become one."""
     for handle in range(3):
         try:
             os.fstat(handle)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)     # the lowest number that is free
+            # open() returns the lowest free number.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
+def exit_status(argv: Sequence[str], out: Terminal, interrupts: Interrupts) -> int:
+    """Runs the command and returns its status. Also help that was printed counts as a command."""
+    try:
+        status = run_command(argv, out, interrupts)
+    except SystemExit as help_or_version:
+        status = int(help_or_version.code or 0)
+    # A reader that has gone, or a full disk, is noticed here and not at exit.
+    out.raw(b"")
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs kodemachine and returns its exit status; the only place that turns failures into one."""
+    """Runs kodemachine and returns its exit status. Only this function turns failures into a status."""
     complete_handles()
     interrupts = Interrupts()
     interrupts.install()
-    out = Out()
+    out = Terminal()
     try:
-        try:
-            code = run_command(sys.argv[1:] if argv is None else argv, out, interrupts)
-        except SystemExit as help_or_version:
-            code = int(help_or_version.code or 0)
-        out.raw(b"")                # so that a reader who left, or a full disk, is noticed here and not at exit
-        return code
+        return exit_status(sys.argv[1:] if argv is None else argv, out, interrupts)
     except KodeError as failure:
         out.error(failure)
         return failure.status
@@ -5986,11 +7731,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.end_step()
         return 128 + interruption.number
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output(1)
         return 128 + signal.SIGPIPE
-    except OSError as failure:          # such as a folder that is gone, or a volume that knows no locks
+    # Such as a folder that is gone, or a volume without locks.
+    except OSError as failure:
         out.error(KodeError(f"{failure.filename or 'the system'}: {failure.strerror or failure}",
-                            "Mend that, then run the same command again: it takes up where this one ended."))
+                            "Fix that and run the command again."))
         return KodeError.status
 
 

@@ -73,8 +73,10 @@ class Row(NamedTuple):
     calls: str
 
 
-class World(tests.SpawnCase, tests.FleetCase):
+class World(tests.Case):
     """The tests' fake UTM, and kodemachine installed beside it."""
+
+    GREETERS = 1
 
     def setUp(self) -> None:
         super().setUp()
@@ -97,7 +99,7 @@ class World(tests.SpawnCase, tests.FleetCase):
         for n in range(count):
             status, address = ("started", [f"10.0.{n // 250}.{n % 250 + 1}"]) if n % 3 == 0 else ("stopped", [])
             self.vm(f"m{n}", status, ips=address, disk=4096)
-        self.remember(**{f"m{n}": {"image": {"name": tests.IMAGE, "uuid": "-"}, "created": tests.hours_ago(n)}
+        self.remember(**{f"m{n}": {"image": tests.IMAGE, "image_uuid": "-", "created": tests.hours_ago(n)}
                          for n in range(count)})
 
     def seconds(self, *argv: str) -> float:
@@ -207,7 +209,8 @@ def slow_list(world: World, many: int) -> Iterator[Row]:
 def reconnect(world: World, many: int) -> Iterator[Row]:
     """To a machine that runs, up to the exec of ssh."""
     uuid = world.vm("alpha", "started", ips=[world.address])
-    world.remember(alpha={"personality": True, "mac_checked": True, "host_keys": [tests.host_key()]})
+    world.remember(alpha={"is_named": True, "mac_is_unique": True})
+    world.write_state("known_hosts", f"km-alpha {tests.host_key()}\n")
     for latency in (0, 0.05, 0.15):
         world.utm.option(latency=latency)
         ours, one = turns(many, functools.partial(world.seconds, world.program, "alpha"),
