@@ -27,7 +27,7 @@ behaviour, where a fact is shown from UTM's source:
 1. Exit status 0 does not mean success: a failed Apple Event is only reported on stderr (contract 0).
 2. "Virtual machine not found." does not mean that the machine is absent; only a clean list says so (contract 0).
 3. macOS translates the words, and not the numbers (contract 0). The program reads numbers.
-4. To end utmctl cancels nothing in UTM (contract 0). The state is read again after every action.
+4. Ending utmctl cancels nothing in UTM (contract 0). The state is read again after every action.
 5. Names are not unique, and clone returns no UUID (contract 1.5, 3). After the first look a machine is its UUID.
 """
 from __future__ import annotations
@@ -462,7 +462,7 @@ class Listing(NamedTuple):
     broken: str
 
 
-LINE_BREAK = "A machine's name may have a line break: rename it in UTM. To see the whole list: utmctl list"
+LINE_BREAK = "A machine's name may have a line break: rename it in UTM."
 
 
 class Rows(list[Row]):
@@ -647,7 +647,7 @@ MAX_ANSWER = EXEC_OUTPUT * 4
 
 
 class Call:
-    """A child process: stdin from null, both streams captured, in a session of its own so that Ctrl-C is not its.
+    """A child process: stdin from null, both streams captured, in a session of its own, where no Ctrl-C reaches it.
 
     It is ended, with all that it started, when its limit (seconds) has passed.
     """
@@ -797,7 +797,7 @@ class Utmctl:
         if limit is None:
             limit = LIMITS[verb]
         try:
-            # Between the child's birth and its entry here a signal would lose it.
+            # A signal between the start of the child and its entry here would lose it.
             with self._interrupts.held():
                 call = Call(verb, argv, limit, self.notes.tick, keep)
                 self._calls.add(call)
@@ -952,11 +952,10 @@ class Utmctl:
         self._warned = True
         return rows
 
-    @staticmethod
-    def _no_list(reply: Reply) -> TimedOut:
+    def _no_list(self, reply: Reply) -> TimedOut:
         """The error when the last of many answers was not a clean list."""
         if reply.outcome is Outcome.DONE:
-            return TimedOut("UTM's list cannot be read", "To see its answer: utmctl list")
+            return TimedOut("UTM's list cannot be read", f"To see its answer: {shlex.quote(self.path())} list")
         number = f" ({reply.numbers[-1]})" if reply.numbers else ""
         remedy = NOT_ALLOWED if -10004 in reply.numbers else "Otherwise quit UTM and open it again."
         return TimedOut(f"UTM gave no list within {LOOK_LIMIT:.0f} s{number}",
@@ -1077,7 +1076,8 @@ class Config:
         found = self._parse(text)
         removed = [key for key in REMOVED_SETTINGS if found.pop(key, None) is not None]
         if removed:
-            self._notes.warn(f"{self.path}: ignoring keys that are no longer used: {', '.join(removed)}")
+            self._notes.warn(f"{self.path}: ignoring keys that are no longer used: {', '.join(removed)}. "
+                             f"To remove one: kodemachine config unset {removed[0]}")
         for key, value in found.items():
             if key != unless:
                 self._check(key, value, self._position(text, key) + ": ")
@@ -1164,10 +1164,9 @@ class Config:
     def unset(self, key: str) -> None:
         """Removes one key, known or not, and keeps the others. Raises UsageError or KodeError."""
         found = self.load(unless=key)
-        if key not in found:
+        if key not in REMOVED_SETTINGS and key not in found:
             self._check(key, None)
-            return
-        del found[key]
+        found.pop(key, None)
         self._write(found)
 
     def _write(self, found: dict[str, Any]) -> None:
@@ -1179,6 +1178,27 @@ class Config:
 # ---- memory: Record, State, orders
 
 
+HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
+
+
+def parse_host_keys(lines: Sequence[str]) -> list[str]:
+    """The host keys, as `type base64`. The type is also inside the key; a guest may send anything."""
+    import base64
+    import binascii
+
+    keys = []
+    for line in lines:
+        match = HOST_KEY.match(line)
+        if not match or match.end() not in (len(line), line.find(" ", match.end())):
+            continue
+        kind = match.group(1).encode()
+        with contextlib.suppress(binascii.Error):
+            key = base64.b64decode(match.group(2), validate=True)
+            if key.startswith(len(kind).to_bytes(4, "big") + kind):
+                keys.append(f"{match.group(1)} {match.group(2)}")
+    return keys[:8]
+
+
 class Record(NamedTuple):
     """The data that kodemachine keeps about one machine. Empty values are not stored."""
 
@@ -1188,7 +1208,7 @@ class Record(NamedTuple):
     created: str = ""               # ISO 8601, UTC
     machine_id: str = ""
     mac_is_unique: bool = False
-    is_named: bool = False          # the guest has its hostname, and its host keys are pinned
+    is_named: bool = False          # the guest has its hostname, and the host keys that it reported are pinned
     never_started: bool = False
     is_copy: bool = False           # of another clone: needs host keys and a machine-id of its own
     copy_of: str = ""               # the UUID of the machine that it is not yet proved to be a whole copy of
@@ -1231,6 +1251,9 @@ class State:
         # The problem with the records, which is reported once.
         self.trouble = ""
         self._has_warned = False
+        # The records as they were read last, and what identifies that file: each write makes a new one.
+        self._cached: dict[str, Record] = {}
+        self._cached_file: tuple[int, int, int] | None = None
 
     def path(self, *parts: str) -> str:
         """A path in the state folder."""
@@ -1276,7 +1299,8 @@ class State:
                 has_said = True
                 self._notes.step(f"waiting for another kodemachine (pid {owner}) to finish with {what}")
         kind = TimedOut if limit else Busy
-        raise kind(f"{what} is in use by another kodemachine (pid {owner})", f"To see it: ps -p {owner}")
+        hint = f"To see it: ps -p {owner}" if owner.isdigit() else "Try again in a moment."
+        raise kind(f"{what} is in use by another kodemachine (pid {owner})", hint)
 
     # -- records
 
@@ -1287,16 +1311,31 @@ class State:
             make_folder(self.folder)
         problem = "kodemachine did not write it"
         try:
+            file = self._records_file()
+            if file is None:
+                return {}
+            if file == self._cached_file:
+                return dict(self._cached)
             found = json.loads(read_text(self.path("machines.json")) or "{}")
             if isinstance(found, dict) and all(isinstance(record, dict) for record in found.values()):
                 self._warn_of_removed_keys(found)
-                return {uuid: Record.from_json(record) for uuid, record in found.items()}
+                self._cached = {uuid: Record.from_json(record) for uuid, record in found.items()}
+                self._cached_file = file
+                return dict(self._cached)
         except (ValueError, RecursionError, OSError) as failure:
             problem = str(failure)
         if not self.trouble:
             self.trouble = f"{self.path('machines.json')} cannot be read ({problem})"
             self._notes.warn(f"{self.trouble}; continuing without it")
         return {}
+
+    def _records_file(self) -> tuple[int, int, int] | None:
+        """The inode, time and size of machines.json; None if it is missing."""
+        try:
+            info = os.stat(self.path("machines.json"))
+        except FileNotFoundError:
+            return None
+        return info.st_ino, info.st_mtime_ns, info.st_size
 
     def _warn_of_removed_keys(self, found: dict[str, dict[str, Any]]) -> None:
         removed = [key for key in REMOVED_KEYS if any(record.get(key) for record in found.values())]
@@ -1371,12 +1410,12 @@ class State:
             return
         with self.lock("records", 30, what="the records"):
             lines = self._known_lines()
-            others = [line for line in lines if line not in self._lines_of(name, lines)]
+            others = [line for line in lines if not line.startswith(name + " ")]
             write_file(self.known_hosts, "".join(line + "\n" for line in others + wanted))
 
     def pinned(self, name: str) -> list[str]:
         """The known host keys of `name`, as `type base64`. Raises KodeError."""
-        return [line.split(" ", 1)[1] for line in self._lines_of(name, self._known_lines())]
+        return parse_host_keys([line.split(" ", 1)[1] for line in self._lines_of(name, self._known_lines())])
 
     @staticmethod
     def _lines_of(name: str, lines: Sequence[str]) -> list[str]:
@@ -1900,7 +1939,9 @@ if [ "$2" = renew ]; then
   echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
-for key in /etc/ssh/ssh_host_*_key.pub; do
+# The keys that sshd really uses, wherever its configuration has them.
+keys=$({ sshd -T || /usr/sbin/sshd -T; } 2>/dev/null | sed -n 's/^hostkey \(.*\)/\1.pub/p')
+for key in ${keys:-/etc/ssh/ssh_host_*_key.pub}; do
   if [ -f "$key" ]; then sed 's/^/key=/' "$key"; fi
 done
 echo "machine-id=$(cat /etc/machine-id)"
@@ -1934,7 +1975,7 @@ step() {
       if [ -n "$left" ]; then bad "$1" "$left: $said"; else say "$1" 'done' "$found"; fi;;
   esac
 }
-# For what comes back by itself while the machine runs: it is not proved.
+# For files that appear again while the machine runs. They are not proved.
 tidy() {
   found=$(find_"$1" 2>/dev/null | brief)
   case ${found:+$mode}-$found in
@@ -1947,7 +1988,7 @@ enabled() { systemctl is-enabled "$1" >/dev/null 2>&1; }
 start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
 remove() { while read -r file; do rm -f "$file"; done; }
 
-find_systemd() { command -v systemctl >/dev/null || echo 'this is no Linux with systemd'; }
+find_systemd() { command -v systemctl >/dev/null || echo 'this is not a Linux system with systemd'; }
 find_server() { command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo 'openssh-server is not installed'; }
 
 find_agent() { enabled qemu-guest-agent.service || echo 'qemu-guest-agent does not start at boot'; }
@@ -1994,9 +2035,9 @@ find_console() {
 }
 fix_console() { start_at_boot "serial-getty@$port.service"; }
 
-# Profiles that hold for one MAC address, or for one name of a card, which a removed drive can change. What is pinned
-# is put aside under another name, and what stands in for it names no card. The lease follows the machine-id, which
-# each clone makes anew; so the DHCP client's identifier can stay what the system's own default is.
+# A profile for one MAC address, or for one card name, fails in a clone: its MAC address is new, and a removed drive can
+# change the name. Such a profile is renamed, and the one that replaces it names no card. The lease follows the
+# machine-id, which each clone makes at boot, so the DHCP client's identifier can stay at the system's default.
 pinned() {
   grep -lE 'macaddress:|set-name:|^ +"?(en[a-z0-9]+|eth[0-9]+)"?:' /etc/netplan/*.yaml
   grep -lE '^ *((Permanent)?MACAddress=|Name=e(n|th)[a-z0-9]*$)' /etc/systemd/network/*.network
@@ -2023,7 +2064,7 @@ fix_network() {
 find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'cloud-init runs in each clone'; }
 fix_cloud() { : >/etc/cloud/cloud-init.disabled; }
 
-# One key is made, which takes no time, unless sshd is told to use others.
+# Only one key is made, because that is quick, unless sshd_config names others.
 unit=/etc/systemd/system/kodemachine-hostkeys.service
 text='[Unit]
 Description=Make the SSH host keys of this machine
@@ -2085,7 +2126,7 @@ fix_logs() {
   find_logs | while read -r file; do : >"$file"; done
 }
 
-# The service would write a new one when the machine powers off, unless it is over by then.
+# The service writes a new seed when the machine powers off, unless it has been stopped before.
 find_seed() { find /var/lib/systemd/random-seed /var/lib/urandom/random-seed /boot/efi/loader/random-seed -type f; }
 fix_seed() { systemctl stop systemd-random-seed.service; find_seed | remove; }
 
@@ -2250,27 +2291,6 @@ class Prober:
             self._give_up(address, 0)
 
 
-HOST_KEY = re.compile(r"(ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) ([A-Za-z0-9+/]{40,2000}={0,3})")
-
-
-def parse_host_keys(lines: Sequence[str]) -> list[str]:
-    """The host keys, as `type base64`. The type is also inside the key; a guest may send anything."""
-    import base64
-    import binascii
-
-    keys = []
-    for line in lines:
-        match = HOST_KEY.match(line)
-        if not match or match.end() not in (len(line), line.find(" ", match.end())):
-            continue
-        kind = match.group(1).encode()
-        with contextlib.suppress(binascii.Error):
-            key = base64.b64decode(match.group(2), validate=True)
-            if key.startswith(len(kind).to_bytes(4, "big") + kind):
-                keys.append(f"{match.group(1)} {match.group(2)}")
-    return keys[:8]
-
-
 def fingerprint(key: str) -> str:
     """A host key's fingerprint, as ssh prints it."""
     import base64
@@ -2305,7 +2325,8 @@ def read_hardware(utm: Utmctl, *uuids: str) -> dict[str, Hardware]:
         found = parse_hardware(reply.out) if reply.outcome is Outcome.DONE else {}
         if uuids[0] in found and all(found[uuid].known for uuid in uuids if uuid in found):
             return found
-    raise KodeError(f"UTM does not report its machines' drives: {reply.sentence or reply.outcome.value}",
+    reason = "" if reply.outcome is Outcome.DONE else f": {reply.sentence or reply.outcome.value}"
+    raise KodeError(f"UTM does not report its machines' drives{reason}",
                     "Check UTM's window, then run the same command again.")
 
 
@@ -2373,6 +2394,16 @@ class VM:
             self.record = self._state.remember(self.uuid, **self._unsaved)
             self._unsaved = {}
 
+    def reread(self) -> None:
+        """Reads the record again, after another process may have changed it."""
+        self.record = self._state.records().get(self.uuid, Record())
+
+    def command(self, verb: str) -> str:
+        """The command line that does `verb` to this machine: of kodemachine, or of utmctl if it is not a clone."""
+        if self.label:
+            return f"kodemachine {verb} {self.label}"
+        return f"{shlex.quote(self._utm.path())} {verb} {self.uuid}"
+
     # -- states
 
     def status(self) -> Power:
@@ -2391,7 +2422,7 @@ class VM:
     def _is_denied(self, request: Request) -> bool:
         """Whether UTM answered a request twice by -10004, and left the state unchanged.
 
-        Then it is not a chance, but a missing permission (contract 4).
+        Then the cause is a missing permission (contract 4).
         """
         return self._denied.count((self.power, request.words)) == 2
 
@@ -2438,7 +2469,8 @@ class VM:
             elif reply.outcome not in (Outcome.TRANSIENT, Outcome.HUNG):
                 answered += 1
             again_at = time.monotonic() + (ASK_AGAIN if request.patience is None else request.patience)
-        return Attempt(False, complaint)
+        # The last request has not been checked yet.
+        return Attempt(self.status() in goals, complaint)
 
     def power_on(self, limit: float, before_cold: Callable[[], None] | None = None) -> None:
         """Starts or resumes the machine. `before_cold` runs before it starts from `stopped`; its time does not count.
@@ -2478,7 +2510,7 @@ class VM:
         if not attempt.reached:
             self._must_be_permitted(press)
             raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.word})",
-                           f"To turn it off at once: kodemachine stop --force {self.label or self.name}")
+                           f"To turn it off at once: {self.command('stop --force')}")
 
     def force_off(self, kill: bool = False) -> None:
         """Turns the machine off with --force, and then with --kill (contract 2). Raises TimedOut."""
@@ -2500,13 +2532,13 @@ class VM:
                              final=Outcome.FAILED)
         if self.power is Power.STOPPED:
             raise WrongState(f"{self.name} is stopped and cannot be suspended",
-                             f"To start it: kodemachine start -d {self.label or self.name}")
+                             f"To start it: kodemachine start -d {self.label}")
         if attempt.is_refused:
             raise KodeError(f"{self.name} cannot be suspended{attempt.reason}",
-                            f"It is still running. To shut it down instead: kodemachine stop {self.label or self.name}")
+                            f"It is still running. To shut it down instead: kodemachine stop {self.label}")
         if not attempt.reached:
             raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.word})",
-                           f"To see its state: kodemachine status {self.label or self.name}")
+                           f"To see its state: {self.command('status')}")
 
     def delete(self, limit: float) -> None:
         """Deletes a stopped machine; returns when a clean list lacks it.
@@ -2525,7 +2557,7 @@ class VM:
             if row.power is Power.UNKNOWN or time.monotonic() < again_at:
                 continue
             self.power = row.power
-            if asked == 2 and (self.power, request.words) not in self._denied:
+            if asked >= 2 and not self._is_denied(request):
                 break
             reply = self._ask(request)
             complaint = reply.sentence
@@ -2544,7 +2576,7 @@ class VM:
                              "To see all machines: kodemachine list -a")
         if row.power not in (Power.STOPPED, Power.UNKNOWN):
             raise WrongState(f"{self.name} is {row.power.word} and was not deleted",
-                             f"To stop it first: kodemachine stop {self.label or self.name}")
+                             f"To stop it first: kodemachine stop {self.label}")
 
     # -- the configuration
 
@@ -2582,6 +2614,9 @@ class VM:
             problem = reply.sentence or f"UTM answers {reply.outcome.value}"
             if self._is_final(reply):
                 break
+        if memory or cpus:
+            raise KodeError(f"{self.name} was not started: its configuration could not be changed ({problem})",
+                            "Use other values for --cpus and --memory, or none.")
         raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
                         MAC_SETTING)
 
@@ -2610,7 +2645,7 @@ class VM:
         return len(lines) >= 3 and lines[3:3 + len(macs)] == list(macs)
 
     def _is_final(self, reply: Reply) -> bool:
-        """Whether to repeat a change of the configuration is useless. Raises Unreachable or WrongState."""
+        """Whether it is useless to repeat a change of the configuration. Raises Unreachable or WrongState."""
         if reply.outcome is Outcome.REFUSED:
             raise Unreachable(f"{self.name} was not started: macOS does not permit control of UTM (-1743), so its "
                               "network address cannot be checked", f"{NOT_ALLOWED} {MAC_SETTING}")
@@ -2665,8 +2700,8 @@ class VM:
 
     def _must_run(self) -> None:
         if self.status() in (Power.STOPPED, Power.PAUSED):
-            raise KodeError(f"{self.name} is {self.power.word}: it stopped while kodemachine waited for it",
-                            f"To see its console after a new start: kodemachine attach {self.label or self.name}")
+            raise KodeError(f"{self.name} is {self.power.word}: it did not keep running while kodemachine waited",
+                            f"To start it again: {self.command('start')}")
 
     def wait_for_ssh(self, port: int, limit: float, call: Call | None = None, more_time: str = MORE_TIME) -> str:
         """Waits until the guest's ssh server greets; returns its address. `call`: a question that has begun already.
@@ -2739,6 +2774,9 @@ class VM:
                 raise
             except KodeError as failure:
                 complaint = failure.message
+                # The guest agent's own words for a command that its configuration forbids.
+                if "has been disabled" in complaint:
+                    raise
             self._must_run()
         raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s: {complaint}",
                        "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
@@ -2779,6 +2817,11 @@ class VM:
         mark = "result lost: "
         # UTM's own words mean that nothing was started, except for a time-out after the command was sent (contract 5).
         if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and mark not in reply.err:
+            if "has been disabled" in reply.sentence:
+                return KodeError(f"the guest agent of {self.name} is not allowed to run commands: {reply.sentence}",
+                                 "In the guest, remove guest-exec and guest-exec-status from the list of forbidden "
+                                 "commands in /etc/sysconfig/qemu-ga (or /etc/qemu/qemu-ga.conf), then: "
+                                 "systemctl restart qemu-guest-agent")
             return KodeError(f"{self.name} did not confirm that it ran {program}: "
                              f"{reply.sentence or reply.outcome.value}",
                              "Check the name of the program. If the guest agent does not answer: the guest needs "
@@ -2921,7 +2964,7 @@ class Maker:
             return None
         left = max(0.0, min(found["time"] + self._limit - time.time(), self._limit))
         wait = f" (for up to {left:.0f} s)" if left else ""
-        self._notes.step(f"looking for {name}, which an earlier run began to clone{wait}")
+        self._notes.step(f"looking for {name}, which an earlier run began to make{wait}")
         return self._recorded(self._await(name, order, found, None, left))
 
     def clone(self, base: Machine, name: str, rows: Rows, afterwards: str = CONTINUES, **fields: Any) -> Machine:
@@ -3084,7 +3127,7 @@ class Maker:
         if reply.outcome is Outcome.FAILED and seconds >= ASK_AGAIN:
             failure = KodeError(f"UTM could not {deed}: {reply.sentence}", self._reason(found))
         if reply.outcome is Outcome.DONE and seconds >= SETTLE:
-            failure = KodeError(f"UTM reported that it did {deed}, but there is no new machine",
+            failure = KodeError(f"UTM reported no error, but did not {deed}",
                                 "Try again; is the disk full?")
         if failure:
             order.remove()
@@ -3101,8 +3144,9 @@ class Maker:
         """Raises KodeError if the machine is an incomplete copy; later runs find that in the order."""
         record = Record(copy_of=found["base_uuid"])
         vm = VM(self._utm, self._state, Machine(row.uuid, row.name, row.power, record=record))
+        hardware = read_hardware(self._utm, row.uuid, found["base_uuid"])
         try:
-            vm.must_be_whole(read_hardware(self._utm, row.uuid, found["base_uuid"]))
+            vm.must_be_whole(hardware)
         except KodeError:
             order.write({**found, "incomplete": row.uuid})
             raise
@@ -3125,11 +3169,6 @@ class Maker:
 # macOS may hold a read of UTM's folder until a person has answered its question (contract 6).
 DISK_LIMIT = 3.0        # seconds
 
-# ATTR_CMN_RETURNED_ATTRS and ATTR_CMNEXT_PRIVATESIZE of Apple's sys/attr.h; see getattrlist(2). The second one is in
-# the fork group if FSOPT_ATTR_CMN_EXTENDED is given.
-RETURNED_ATTRIBUTES = 0x80000000
-PRIVATE_SIZE = 0x8
-
 
 class Disk(NamedTuple):
     """A machine's memory, the size of its bundle, and the space that its deletion frees. In bytes; None: unknown."""
@@ -3139,60 +3178,34 @@ class Disk(NamedTuple):
     reclaimable: int | None = None
 
 
-def attribute_request() -> bytes:
-    """The `struct attrlist` that asks for the private size, and for the list of the attributes that are returned."""
+def private_size(path: str) -> int | None:
+    """Bytes on APFS that only this file uses, which its deletion would free; None if the system reports none."""
+    import ctypes
     import struct
 
-    bitmap_count, reserved = 5, 0
-    volume = folder = file = 0
-    return struct.pack("=HHIIIII", bitmap_count, reserved, RETURNED_ATTRIBUTES, volume, folder, file, PRIVATE_SIZE)
-
-
-def parse_private_size(answer: bytes) -> int | None:
-    """The size in bytes in getattrlist's answer; None if it was not returned or is not valid.
-
-    The answer is a 32-bit length, five 32-bit words with the returned attributes, and the size as off_t, packed
-    to 4 bytes.
-    """
-    import struct
-
+    # The names in Apple's sys/attr.h: ATTR_CMN_RETURNED_ATTRS, ATTR_CMNEXT_PRIVATESIZE, FSOPT_NOFOLLOW and
+    # FSOPT_ATTR_CMN_EXTENDED, which puts the second one into the fork group; see getattrlist(2).
+    returned_attributes, private = 0x80000000, 0x8
+    no_follow, extended = 0x1, 0x20
+    bitmap_count, unused = 5, 0
+    attributes = struct.pack("=HHIIIII", bitmap_count, unused, returned_attributes, unused, unused, unused, private)
+    request = ctypes.create_string_buffer(attributes, len(attributes))
+    answer = ctypes.create_string_buffer(64)
+    room = ctypes.c_size_t(len(answer))
+    options = ctypes.c_uint(no_follow | extended)
+    getattrlist = getattr(ctypes.CDLL(None), "getattrlist", None)
+    if not getattrlist or getattrlist(os.fsencode(path), request, answer, room, options) != 0:
+        return None
+    # A 32-bit length, five 32-bit words with the returned attributes, and the size as off_t, packed to 4 bytes.
     layout = "=IIIIIIq"
-    length, _common, _volume, _folder, _file, fork, size = struct.unpack_from(layout, answer)
-    was_returned = length >= struct.calcsize(layout) and fork & PRIVATE_SIZE
-    if not was_returned or size < 0:
+    length, _common, _volume, _folder, _file, fork, size = struct.unpack_from(layout, answer.raw)
+    if length < struct.calcsize(layout) or not fork & private or size < 0:
         return None
     return int(size)
 
 
-def private_size(path: str) -> int | None:
-    """Bytes on APFS that only this file uses, which its deletion would free; None if the file system reports none."""
-    import ctypes
-
-    library = ctypes.CDLL(None, use_errno=True)
-    request = ctypes.create_string_buffer(attribute_request(), 24)
-    answer = ctypes.create_string_buffer(64)
-    # FSOPT_NOFOLLOW and FSOPT_ATTR_CMN_EXTENDED.
-    no_follow, extended = 0x1, 0x20
-    room = ctypes.c_size_t(len(answer))
-    options = ctypes.c_uint(no_follow | extended)
-    if library.getattrlist(os.fsencode(path), request, answer, room, options) != 0:
-        return None
-    return parse_private_size(answer.raw)
-
-
-def reclaimable_size(path: str, allocated: int) -> int:
-    """Bytes that the deletion of a file frees: its private size on macOS; all its blocks where that is unknown."""
-    private = private_size(path) if sys.platform == "darwin" else None
-    if private is None:
-        return allocated
-    return min(private, allocated)
-
-
 def regular_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
-    """The path and the status of each regular file in a folder and below it. Raises OSError.
-
-    Symbolic links are not followed.
-    """
+    """The path and the status of each regular file in a folder and below it, without symbolic links. Raises OSError."""
     folders = [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
@@ -3218,58 +3231,43 @@ def disk_usage(bundle: str) -> tuple[int, int]:
         if links[inode] == 1:
             size += allocated
         if links[inode] == status.st_nlink:
-            reclaimable += reclaimable_size(path, allocated)
+            private = private_size(path)
+            if private is None:
+                private = allocated
+            reclaimable += min(private, allocated)
     return size, reclaimable
 
 
-def configured_memory(plist: str, uuid: str) -> int | None:
-    """The memory in bytes that a machine's config.plist sets; None if the file is another machine's.
+def read_bundle(documents: str, uuid: str, name: str) -> Disk:
+    """The sizes of one machine, from its bundle; unknown if the folder is the bundle of another machine.
 
-    Raises ValueError if the text is not such a file.
+    Raises an exception of any class: plistlib has another one for each defect of config.plist.
     """
     import plistlib
 
-    try:
-        settings = plistlib.loads(plist.encode())
-        if settings["Information"]["UUID"] != uuid:
-            return None
-        mebibytes = int(settings["System"]["MemorySize"])
-    except Exception as failure:
-        # Each defect has another class. plistlib does not export the one of expat.
-        raise ValueError(f"config.plist: {failure}") from None
-    return mebibytes << 20
-
-
-def read_bundle(documents: str, uuid: str, name: str) -> Disk:
-    """The sizes of one machine, from its bundle. Raises OSError or ValueError.
-
-    All sizes are unknown if the folder is the bundle of another machine.
-    """
     # UTM replaces the characters that a file name cannot have (contract 1.5).
     folder_name = re.sub(r'[,/:\\?%*|"<>]', "-", name) + ".utm"
     bundle = os.path.join(documents, folder_name)
-    plist = read_text(os.path.join(bundle, "config.plist"))
-    memory = configured_memory(plist or "", uuid)
-    if memory is None:
+    text = read_text(os.path.join(bundle, "config.plist")) or ""
+    config = plistlib.loads(text.encode())
+    if config["Information"]["UUID"] != uuid:
         return Disk()
-    size, reclaimable = disk_usage(bundle)
-    return Disk(memory, size, reclaimable)
+    mebibytes = int(config["System"]["MemorySize"])
+    return Disk(mebibytes << 20, *disk_usage(bundle))
 
 
 def read_bundles(documents: str, rows: Sequence[Row | Machine], seconds: float,
                  tick: Callable[[], None]) -> dict[str, Disk]:
-    """The sizes of machines, by UUID, as far as they can be read within `seconds`.
+    """The sizes of machines, by UUID, as far as they can be read within `seconds`. Others are left out.
 
-    A bundle that cannot be read is left out. The read runs in its own thread, because it hangs while macOS asks the
-    person for permission (contract 6).
+    The read runs in its own thread, because it hangs while macOS asks the person for permission (contract 6).
     """
-    names = {row.uuid: row.name for row in rows}
     found: dict[str, Disk] = {}
 
     def read_all() -> None:
-        for uuid, name in names.items():
-            with contextlib.suppress(OSError, ValueError):
-                found[uuid] = read_bundle(documents, uuid, name)
+        for row in rows:
+            with contextlib.suppress(Exception):
+                found[row.uuid] = read_bundle(documents, row.uuid, row.name)
 
     reader = threading.Thread(target=read_all, daemon=True)
     reader.start()
@@ -3307,6 +3305,11 @@ def own_command() -> list[str]:
 def as_words(options: dict[str, str]) -> list[str]:
     """ssh's options as words of a command line."""
     return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+
+
+# These options of the person's own configuration would change a session: its command, its channels, its process.
+SESSION_OPTIONS = {"RemoteCommand": "none", "SessionType": "default", "ForkAfterAuthentication": "no",
+                   "StdinNull": "no", "ClearAllForwardings": "yes", "PermitLocalCommand": "no"}
 
 
 class SshConfig:
@@ -3348,7 +3351,7 @@ class SshConfig:
         """The command line of ssh to an address. The guest's login shell joins the words of `command`."""
         options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(self.knows(vm.name)),
                    "ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no",
-                   "Port": str(self._settings.ssh_port), **self.keep_alive(address)}
+                   "Port": str(self._settings.ssh_port), **SESSION_OPTIONS, **self.keep_alive(address)}
         return ["ssh", *as_words(options), "--", address, *command]
 
     def name_options(self, is_known: bool = True) -> dict[str, str]:
@@ -3496,7 +3499,7 @@ class Manager:
             if machine is None:
                 fleet.rows.must_be_complete()
                 self._must_be_meant(label, options, fleet)
-                return self._clone(label, options, records), None
+                return self._clone(label, options), None
             vm = self._taken(machine, label, options, fleet)
             if vm.uuid in known and vm.power is Power.STARTED:
                 kept, call = call, None
@@ -3509,13 +3512,15 @@ class Manager:
         """A machine that exists already, with its record up to date."""
         name = self.name(label)
         record = self.maker.claim(machine.uuid, name, fleet.uuids) or machine.record
-        vm = self.vm(machine._replace(record=record))
-        self.refuse_options(vm, label, options)
+        machine = machine._replace(record=record)
+        vm = self.vm(machine)
+        self._refuse_options(vm, label, options)
         if self.is_orphan(machine):
             # Somebody wants it after all.
             vm.remember(is_temporary=False)
         if record.name not in ("", name):
             # It was renamed in UTM. Its guest has the old name.
+            self.state.pin(name, self.state.pinned(record.name))
             vm.remember(name=name, is_named=False)
         return vm
 
@@ -3545,7 +3550,7 @@ class Manager:
             hint += f"; to create a machine of that name: kodemachine start {label}"
         raise UsageError(problem, hint)
 
-    def refuse_options(self, vm: VM, label: str, options: StartOptions) -> None:
+    def _refuse_options(self, vm: VM, label: str, options: StartOptions) -> None:
         """Raises WrongState for options that only a new machine can have."""
         record = vm.record
         again = "To replace it: the same command with --fresh"
@@ -3560,15 +3565,13 @@ class Manager:
         if (options.cpus or options.memory) and not is_new:
             raise WrongState(f"{vm.name} exists already; --cpus and --memory are for a new clone", again)
 
-    def _clone(self, label: str, options: StartOptions, records: dict[str, Record]) -> VM:
+    def _clone(self, label: str, options: StartOptions) -> VM:
         """A new machine with that label, or the one that an earlier run began to make. `records`: as read before."""
         name = self.name(label)
         with self.fleet_lock():
             begun = Order(self.state, name).load()
             made = self.maker.resume(name)
-            if made:
-                records = {**records, made.uuid: made.record}
-            fleet = Fleet(self.utm.rows(), records, self.settings)
+            fleet = self.fleet()
             # It may have appeared since the first look, while UTM was starting.
             machine = fleet.get(label)
             if machine is None and begun and begun["record"].get("is_copy"):
@@ -3653,11 +3656,15 @@ class Manager:
 
         Callers hold the label's lock.
         """
+        # One write for the whole start. The failure of a start counts more than one of this write.
         try:
-            return self._start(vm, options, call)
-        finally:
-            # One write for the whole start, also after a failure.
-            vm.remember()
+            address = self._start(vm, options, call)
+        except BaseException:
+            with contextlib.suppress(KodeError):
+                vm.remember()
+            raise
+        vm.remember()
+        return address
 
     def _start(self, vm: VM, options: StartOptions, call: Call | None) -> str:
         limit = options.timeout or self.settings.boot_timeout
@@ -3685,14 +3692,15 @@ class Manager:
         address = vm.wait_for_ssh(self.settings.ssh_port, left, call)
         if needs_renewal:
             return self._renew(vm, limit) or address
-        if not vm.record.is_named:
+        # The known-hosts file may have been lost.
+        if not vm.record.is_named or not self.ssh.knows(vm.name):
             self._notes.step(f"naming the guest {vm.label}")
             self._record_identity(vm, self.read_identity(vm))
         return address
 
-    def before_cold_start(self, vm: VM, memory: int | None = None, cpus: int | None = None) -> None:
-        """Proves that the machine is a whole copy, and gives it a network address of its own; memory in MiB."""
-        self._prepare(vm, memory, cpus)
+    def before_cold_start(self, vm: VM) -> None:
+        """Proves that the machine is a whole copy, and gives it a network address of its own."""
+        self._prepare(vm, None, None)
         vm.remember()
 
     def _prepare(self, vm: VM, memory: int | None, cpus: int | None) -> None:
@@ -3763,7 +3771,6 @@ class Manager:
         options = StartOptions(may_clone=False)
         vm, call = self.find_or_clone(label, options)
         if vm.power is not Power.STARTED:
-            self.utm.drop(call)
             raise WrongState(f"{vm.name} is {vm.power.word}", f"To start it: kodemachine start -d {label}")
         address = self.start(vm, options, call)
         return vm, address, self.ssh.knows(vm.name)
@@ -3875,7 +3882,7 @@ class Manager:
 
     def session_lock(self, vm: VM) -> contextlib.AbstractContextManager[None]:
         """The lock that a --rm session holds for its machine; so an orphan can be recognised."""
-        # A `list` that checks it holds it for a moment.
+        # `list` holds this lock for a moment while it checks it.
         return self.state.lock(vm.uuid + ".session", 5.0)
 
     def is_orphan(self, machine: Machine) -> bool:
@@ -3888,18 +3895,8 @@ class Manager:
 # The prefix of an image's name while it is being made. The result is neither an image's name nor a clone's.
 UNFINISHED = "unfinished-"
 PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*)(?:\s|$)")
-
-
-def parse_public_key(text: str) -> str:
-    """The public key in the first line of a file; empty if it has none."""
-    line = text.partition("\n")[0]
-    match = PUBLIC_KEY.match(line)
-    if not match:
-        return ""
-    # A comment may contain anything; the key goes into shell scripts and JSON.
-    if line.isascii() and line.isprintable():
-        return line
-    return match.group(1)
+# ~/.ssh/id_KIND: the keys that ssh offers without any configuration (ssh_config(5), IdentityFile).
+KEY_KINDS = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
 
 
 def public_key(identity_file: str | None) -> str:
@@ -3908,14 +3905,18 @@ def public_key(identity_file: str | None) -> str:
         places = [identity_file.removesuffix(".pub") + ".pub"]
         hint = "Name the key that you use: kodemachine config set identity_file PATH"
     else:
-        kinds = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
-        places = [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in kinds]
+        places = [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in KEY_KINDS]
         hint = "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH"
     for place in places:
+        line = ""
         with contextlib.suppress(OSError):
-            key = parse_public_key(read_text(place) or "")
-            if key:
-                return key
+            line = (read_text(place) or "").partition("\n")[0]
+        match = PUBLIC_KEY.match(line)
+        # A comment may contain anything; the key goes into shell scripts and JSON.
+        if match and line.isascii() and line.isprintable():
+            return line
+        if match:
+            return match.group(1)
     raise KodeError(f"there is no ssh public key at {' or '.join(places[:3])}", hint)
 
 
@@ -3966,10 +3967,7 @@ class Images:
             yield self._manager.vm(self._sealable(machine.uuid))
 
     def resume_copy(self, vm: VM, name: str) -> VM | None:
-        """The image `name` that an earlier, interrupted run copied from this machine; None if there is none.
-
-        Raises WrongState if another machine has that name.
-        """
+        """The image `name` that an interrupted run copied from this machine; None without one. Raises WrongState."""
         with self._manager.fleet_lock():
             row = self._manager.maker.resume(name)
             if row:
@@ -4002,10 +4000,7 @@ class Step(NamedTuple):
 
 
 class Sealer:
-    """Turns a machine into the source of an image, from inside, through its guest agent.
-
-    A run that was interrupted is completed by the next one.
-    """
+    """Makes a machine the source of an image, through its guest agent. The next run completes an interrupted one."""
 
     def __init__(self, manager: Manager, vm: VM, user: str, key: str) -> None:
         self._manager, self._notes = manager, manager.utm.notes
@@ -4016,29 +4011,22 @@ class Sealer:
         vm = self.vm
         if vm.power is not Power.STARTED:
             self._notes.step(f"starting {vm.name}")
-            vm.power_on(limit, before_cold=lambda: self._manager.before_cold_start(vm, memory=None, cpus=None))
+            vm.power_on(limit, before_cold=lambda: self._manager.before_cold_start(vm))
         self._notes.step(f"waiting for the guest agent of {vm.name}")
         vm.wait_for_agent(limit)
 
     def ask(self, mode: str, *, sudo: bool = False) -> list[Step]:
-        """The steps that SEAL reports in that mode: check, apply or prove.
-
-        Raises KodeError if the script did not reach its end, TimedOut after SEAL_LIMIT seconds.
-        """
+        """The steps that SEAL reports in that mode: check, apply or prove. Raises KodeError if it was interrupted."""
         may_become_root = "yes" if sudo else ""
         words = ["/bin/sh", "-c", SEAL, "kodemachine", mode, self.user, self._key, may_become_root]
         _, out, err = self.vm.run(words, limit=SEAL_LIMIT)
         text = out.decode("utf-8", "replace")
         steps = [Step(*found) for found in re.findall(r"^step (\S+) (\S+) ?(.*)$", text, re.MULTILINE)]
         if not text.endswith("end\n"):
-            raise self._incomplete(steps, err)
+            where = f" after step {steps[-1].name}" if steps else ""
+            lines = err.decode("utf-8", "replace").strip().splitlines() or ["the guest reported no error"]
+            raise KodeError(f"sealing {self.vm.name} was interrupted{where}: {lines[-1]}", RUN_AGAIN)
         return steps
-
-    def _incomplete(self, steps: Sequence[Step], err: bytes) -> KodeError:
-        where = f" after step {steps[-1].name}" if steps else ""
-        lines = err.decode("utf-8", "replace").strip().splitlines()
-        reason = lines[-1] if lines else "the guest reported no error"
-        return KodeError(f"sealing {self.vm.name} was interrupted{where}: {reason}", RUN_AGAIN)
 
     def must(self, steps: Sequence[Step]) -> Sequence[Step]:
         """The steps. Raises KodeError with the names of the bad ones, if there are any."""
@@ -4050,17 +4038,14 @@ class Sealer:
 
     def apply(self, *, sudo: bool = False) -> Sequence[Step]:
         """Does every step, proves that each had its effect, and powers the machine off. Raises KodeError."""
-        self._forget_guest()
+        # This comes before the guest loses its identity: an interrupted run must leave no pinned key.
+        self.vm.remember(is_named=False, machine_id="")
+        self._manager.state.pin(self.vm.name, [])
         self._notes.step(f"sealing {self.vm.name}")
         steps = self.must(self.ask("apply", sudo=sudo))
         self.must(self.ask("prove"))
         self.power_off()
         return steps
-
-    def _forget_guest(self) -> None:
-        """Drops the guest's identity. This comes before the guest loses it: an interrupted run must leave no key."""
-        self.vm.remember(is_named=False, machine_id="")
-        self._manager.state.pin(self.vm.name, [])
 
     def power_off(self) -> None:
         """Asks the guest to power off, and waits until it has. Raises TimedOut."""
@@ -4071,26 +4056,17 @@ class Sealer:
 QCOW2_HEADER = 104      # bytes
 
 
-def divide_up(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
-    return -(-number // divisor)
-
-
 class Qcow2(NamedTuple):
-    """The header of a qcow2 image; sizes in bytes, `l1_size` in entries (QEMU, docs/interop/qcow2)."""
+    """The header of a qcow2 image (QEMU, docs/interop/qcow2). Sizes in bytes; of the L1 table, in entries of 8 bytes.
+
+    `l1_room`: the size that the table could have in its clusters; 0 if it does not begin with a cluster.
+    """
 
     size: int
     cluster: int
     l1_size: int
     l1_offset: int
-
-    @property
-    def l1_room(self) -> int:
-        """The entries that fit in the clusters of the L1 table; 0 if it does not begin with a cluster."""
-        if self.l1_offset == 0 or self.l1_offset % self.cluster:
-            return 0
-        clusters = divide_up(self.l1_size * 8, self.cluster)
-        return clusters * self.cluster // 8
+    l1_room: int
 
 
 def parse_qcow2(header: bytes) -> Qcow2:
@@ -4119,7 +4095,11 @@ def parse_qcow2(header: bytes) -> Qcow2:
     for problem, is_present in problems.items():
         if is_present:
             raise ValueError(problem)
-    return Qcow2(size, 1 << cluster_bits, l1_size, l1_offset)
+    cluster = 1 << cluster_bits
+    l1_room = 0
+    if l1_offset != 0 and l1_offset % cluster == 0:
+        l1_room = l1_size + -l1_size % (cluster // 8)
+    return Qcow2(size, cluster, l1_size, l1_offset, l1_room)
 
 
 def grow_qcow2(path: str, size: int) -> None:
@@ -4136,7 +4116,8 @@ def grow_qcow2(path: str, size: int) -> None:
         if size < image.size:
             raise ValueError(f"its disk already has {size_text(image.size)}")
         bytes_per_entry = image.cluster * image.cluster // 8
-        entries = max(image.l1_size, divide_up(size, bytes_per_entry))
+        needed = (size + bytes_per_entry - 1) // bytes_per_entry
+        entries = max(image.l1_size, needed)
         if entries > image.l1_room:
             raise ValueError(f"its clusters of {size_text(image.cluster)} are too small for that")
         # The new entries must be on disk before the header counts them.
@@ -4167,10 +4148,7 @@ def output_of(reply: Reply) -> str:
 
 
 class Downloads:
-    """The folder of downloaded images. Each is checked against the SHA256SUMS file beside it on the server.
-
-    Callers hold the lock of the folder.
-    """
+    """The folder of downloaded images, checked against the server's SHA256SUMS. Callers hold the folder's lock."""
 
     def __init__(self, utm: Utmctl, folder: str) -> None:
         self._utm, self._notes, self._folder = utm, utm.notes, folder
@@ -4208,9 +4186,8 @@ class Downloads:
     def _download(self, url: str, part: str) -> None:
         """Downloads to `part`. If the file has a beginning already and the server allows it, only the rest."""
         self._notes.step(f"downloading {url}")
-        has_beginning = os.path.exists(part)
         reply = self._run_curl(url, part)
-        if has_beginning and reply.code in (CURL_HTTP_ERROR, CURL_NO_RANGE):
+        if reply.code in (CURL_HTTP_ERROR, CURL_NO_RANGE) and os.path.exists(part):
             with explained(part):
                 os.unlink(part)
             reply = self._run_curl(url, part)
@@ -4241,15 +4218,6 @@ class Downloads:
                 self._notes.tick()
 
 
-def read_qcow2(path: str) -> Qcow2:
-    """The header of the image in a file. Raises ValueError if it cannot be grown in place, and OSError."""
-    # Opening a named pipe would block.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    with open(path, "rb") as file:
-        return parse_qcow2(file.read(QCOW2_HEADER))
-
-
 def seed_files(image: str, user: str, key: str) -> dict[str, str]:
     """The files of cloud-init's NoCloud seed, by name: JSON, which is YAML too and quotes what must be quoted.
 
@@ -4276,9 +4244,9 @@ def seed_files(image: str, user: str, key: str) -> dict[str, str]:
     }
 
 
+# Ubuntu's images, by UTM's name of the architecture.
 UBUNTU = "https://cloud-images.ubuntu.com/releases/24.04/release/ubuntu-24.04-server-cloudimg-{}.img"
-# The names of UTM's architectures in the file names of cloud images.
-CLOUD_NAMES = {"aarch64": "arm64", "x86_64": "amd64"}
+UBUNTU_IMAGES = {"aarch64": UBUNTU.format("arm64"), "x86_64": UBUNTU.format("amd64")}
 # Seconds for a new machine's first boot, and then for cloud-init, which may install the guest agent.
 CREATE_LIMIT = 900.0
 
@@ -4296,7 +4264,7 @@ class Plan(NamedTuple):
 
 
 class Creator:
-    """Makes a golden image from a distribution's cloud image. Each step leaves what the next run continues from.
+    """Makes a golden image from a distribution's cloud image, or continues an earlier run that was interrupted.
 
     Until the end the machine has a temporary name, and `making` in its record.
     """
@@ -4305,6 +4273,8 @@ class Creator:
         self._manager, self._utm, self._notes = manager, manager.utm, manager.utm.notes
         self._cache, self._plan = cache, plan
         self._working_name = UNFINISHED + plan.name
+        base = os.path.join(cache, plan.name)
+        self._disk, self._seed, self._seed_folder = base + ".qcow2", base + ".iso", base + ".seed"
 
     def create(self) -> VM:
         """Makes the image, or completes an earlier run's. Raises WrongState if another machine has its name."""
@@ -4320,22 +4290,10 @@ class Creator:
         vm.remember(name=self._plan.name, making="", never_started=False)
         # A run that was killed may have left it.
         Order(self._manager.state, self._working_name).remove()
-        for path in (self._disk_path, self._seed_path):
+        for path in (self._disk, self._seed):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         shutil.rmtree(self._seed_folder, ignore_errors=True)
-
-    @property
-    def _disk_path(self) -> str:
-        return os.path.join(self._cache, self._plan.name + ".qcow2")
-
-    @property
-    def _seed_path(self) -> str:
-        return os.path.join(self._cache, self._plan.name + ".iso")
-
-    @property
-    def _seed_folder(self) -> str:
-        return os.path.join(self._cache, self._plan.name + ".seed")
 
     @contextlib.contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -4369,19 +4327,25 @@ class Creator:
         """A new machine with the disk and the seed."""
         architecture = self._architecture()
         with self._step("getting the disk"):
-            disk = self._disk(architecture)
+            self._make_disk(self._plan.image or UBUNTU_IMAGES[architecture])
         with self._step("writing the seed"):
-            seed = self._seed()
+            self._make_seed()
         with self._step("making the machine"), self._manager.fleet_lock():
-            words = (architecture, str(self._plan.cpus), str(self._plan.memory), disk, seed)
+            words = (architecture, str(self._plan.cpus), str(self._plan.memory), self._disk, self._seed)
             row = self._manager.maker.make(self._working_name, self._utm.rows(), words)
             return self._manager.vm_of(row)
 
     def _complete(self, vm: VM) -> None:
         """Boots and seals the machine if that is still to be done, and gives it its name."""
-        is_sealed = vm.record.making == "sealed" and vm.power is Power.STOPPED
-        if not is_sealed:
-            self._install(vm)
+        if vm.record.making != "sealed" or vm.power is not Power.STOPPED:
+            sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
+            with self._step("booting it for the first time"):
+                sealer.wake(CREATE_LIMIT)
+            with self._step("waiting for cloud-init"):
+                self._wait_for_cloud_init(vm)
+            with self._step("sealing"):
+                sealer.apply()
+            vm.remember(making="sealed")
         with self._step("detaching the seed"):
             self._detach_seed(vm)
         with self._step("renaming the machine"):
@@ -4395,63 +4359,43 @@ class Creator:
             # Under Rosetta, Python reports x86_64 on an ARM Mac.
             reply = self._utm.call("sysctl", "-n", "hw.optional.arm64", limit=TOOL_LIMIT)
             is_arm = reply.out.strip() == "1"
-        if is_arm:
-            return "aarch64"
-        return "x86_64"
+        return "aarch64" if is_arm else "x86_64"
 
-    def _disk(self, architecture: str) -> str:
-        """The path of a copy of the distribution's image, with a virtual disk of the plan's size."""
-        source = self._source(self._plan.image or UBUNTU.format(CLOUD_NAMES[architecture]))
+    def _make_disk(self, image: str) -> None:
+        """A copy of the distribution's image, a URL or a path, with a virtual disk of the plan's size."""
+        source = os.path.abspath(os.path.expanduser(image))
+        if "://" in image:
+            # All images share the downloads.
+            with self._manager.state.lock("download", DOWNLOAD_LIMIT, what="the cache"):
+                source = Downloads(self._utm, self._cache).get(image)
         size = size_text(self._plan.disk)
         self._notes.step(f"growing the disk to {size}")
+        part = self._disk + ".part"
         try:
-            self._copy_and_grow(source)
-        except ValueError as failure:
-            raise KodeError(f"{source} cannot be grown to {size}: {failure}",
-                            "Choose another --disk or --image.") from None
-        return self._disk_path
-
-    def _source(self, image: str) -> str:
-        """The path of the distribution's image, which is downloaded if it is a URL."""
-        if "://" not in image:
-            return os.path.abspath(os.path.expanduser(image))
-        # All images share the downloads.
-        with self._manager.state.lock("download", DOWNLOAD_LIMIT, what="the cache"):
-            return Downloads(self._utm, self._cache).get(image)
-
-    def _copy_and_grow(self, source: str) -> None:
-        """Raises KodeError, or ValueError if the image cannot be grown."""
-        part = self._disk_path + ".part"
-        with explained(source):
-            read_qcow2(source)
-        try:
+            with explained(source):
+                # Opening a named pipe would block.
+                if not stat.S_ISREG(os.stat(source).st_mode):
+                    raise OSError(errno.EINVAL, "not a regular file")
+                with open(source, "rb") as file:
+                    parse_qcow2(file.read(QCOW2_HEADER))
             with explained(part):
                 shutil.copyfile(source, part)
                 grow_qcow2(part, self._plan.disk)
-                os.replace(part, self._disk_path)
+                os.replace(part, self._disk)
+        except ValueError as failure:
+            raise KodeError(f"{source} cannot be grown to {size}: {failure}",
+                            "Choose another --disk or --image.") from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
 
-    def _seed(self) -> str:
-        """The path of an ISO image with the seed for cloud-init."""
+    def _make_seed(self) -> None:
+        """An ISO image with the seed for cloud-init."""
         for name, text in seed_files(self._plan.name, self._plan.user, self._plan.key).items():
             write_file(os.path.join(self._seed_folder, name), text)
         options = ("-quiet", "-ov", "-iso", "-joliet", "-default-volume-name", "cidata")
-        output_of(self._utm.call("hdiutil", "makehybrid", *options, "-o", self._seed_path, self._seed_folder,
+        output_of(self._utm.call("hdiutil", "makehybrid", *options, "-o", self._seed, self._seed_folder,
                                  limit=TOOL_LIMIT))
-        return self._seed_path
-
-    def _install(self, vm: VM) -> None:
-        """Boots the machine for the first time, waits until cloud-init has set it up, and seals it."""
-        sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
-        with self._step("booting it for the first time"):
-            sealer.wake(CREATE_LIMIT)
-        with self._step("waiting for cloud-init"):
-            self._wait_for_cloud_init(vm)
-        with self._step("sealing"):
-            sealer.apply()
-        vm.remember(making="sealed")
 
     def _wait_for_cloud_init(self, vm: VM) -> None:
         self._notes.step(f"waiting for cloud-init in {vm.name}")
@@ -4503,8 +4447,9 @@ class Creator:
 
 OK, WARNING, ERROR, SKIPPED = "ok", "warning", "error", "skipped"
 
-# One result of a check: its level, message and remedy.
+# One result of a check: its level, message and remedy; and a check, which is a method of Doctor.
 Result = tuple[str, str, str]
+Checker = Callable[[Any], Iterable[Result]]
 
 
 class Finding(NamedTuple):
@@ -4522,17 +4467,16 @@ class Check(NamedTuple):
     name: str
     needs: Sequence[str]
     passed: str
-    run: Callable[[Doctor], Iterable[Result]]
+    run: Checker
 
 
 # All checks, in the order of the methods of Doctor: a cause comes before its consequences.
 CHECKS: list[Check] = []
 
 
-def doctor_check(name: str, needs: str = "", passed: str = "") -> \
-        Callable[[Callable[[Doctor], Iterable[Result]]], Callable[[Doctor], Iterable[Result]]]:
+def doctor_check(name: str, needs: str = "", passed: str = "") -> Callable[[Checker], Checker]:
     """Adds a method of Doctor to the table of checks. `needs`: names of earlier checks, separated by spaces."""
-    def add(run: Callable[[Doctor], Iterable[Result]]) -> Callable[[Doctor], Iterable[Result]]:
+    def add(run: Checker) -> Checker:
         CHECKS.append(Check(name, needs.split(), passed, run))
         return run
     return add
@@ -4565,63 +4509,33 @@ def judge_version(version: str) -> Result:
     return OK, f"UTM {version}", ""
 
 
-def device_problems(image: str, devices: Sequence[str]) -> Iterator[Result]:
-    """Judges the lines that the script DEVICES printed for an image."""
-    if "backend qemu" not in devices:
-        yield (ERROR, f"{image} does not use the QEMU backend, so it has no guest agent",
-               "Create the image again, without 'Use Apple Virtualization'.")
-    if "displays 0" not in devices or "serial window" in devices:
-        yield (WARNING, f"{image} is not headless: a window opens at each start, and closing it stops the machine",
-               "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
-    if "serial ptty" not in devices and "serial tcp" not in devices:
-        yield (WARNING, f"{image} has no serial port, so `kodemachine attach` cannot reach its clones",
-               "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
-
-
 def identity_problems(path: str) -> Iterator[Result]:
     """Judges `identity_file`: the private key, or only the public key if an ssh agent has the private one."""
     public = path.removesuffix(".pub") + ".pub"
-    is_public_only = path == public or not os.path.exists(path)
-    if is_public_only and os.path.exists(public):
+    if path != public and os.path.exists(path):
+        if os.stat(path).st_mode & 0o077:
+            yield ERROR, f"ssh ignores {path}, because others may read it", f"chmod 600 {shlex.quote(path)}"
+    elif os.path.exists(public):
         yield OK, f"{public} exists; the ssh agent must have its private key", ""
-    elif not os.path.exists(path):
+    else:
         yield ERROR, f"identity_file {path} does not exist", f"ssh-keygen -t ed25519 -f {shlex.quote(path)}"
-    elif os.stat(path).st_mode & 0o077:
-        yield ERROR, f"ssh ignores {path}, because others may read it", f"chmod 600 {shlex.quote(path)}"
 
 
-def has_default_key() -> bool:
-    """Whether a key exists that ssh offers without any configuration (ssh_config(5), IdentityFile)."""
-    names = ("id_rsa", "id_ecdsa", "id_ecdsa_sk", "id_ed25519", "id_ed25519_sk")
-    folder = os.path.expanduser("~/.ssh")
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-
-def sharers(values: dict[str, list[str]]) -> list[str]:
-    """The machines that have a value in common, as "a and b". `values` are given by machine."""
-    holders: dict[str, list[str]] = {}
-    for name, own in values.items():
-        for value in own:
-            holders.setdefault(value, []).append(name)
-    groups = [" and ".join(names) for names in holders.values() if len(names) > 1]
-    return list(dict.fromkeys(groups))
-
-
-# Seconds after which a temporary file is no longer being written.
-HALF_WRITTEN_AGE = 60.0
+def grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """The second members of the pairs, by the first: for example, the machines that have a MAC address."""
+    groups: dict[str, list[Any]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def half_written_files(folder: str) -> Iterator[str]:
-    """The temporary files that interrupted runs have left in a folder."""
-    if not os.path.isdir(folder):
-        return
-    for entry in sorted(os.listdir(folder)):
+    """The temporary files that interrupted runs have left in a folder. One younger than 60 s may still be written."""
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    for entry in sorted(entries):
         path = os.path.join(folder, entry)
-        if not entry.endswith(".new"):
-            continue
         with contextlib.suppress(FileNotFoundError):
-            age = time.time() - os.stat(path).st_mtime
-            if age > HALF_WRITTEN_AGE:
+            if entry.endswith(".new") and time.time() - os.stat(path).st_mtime > 60.0:
                 yield path
 
 
@@ -4633,15 +4547,13 @@ class Doctor:
     """Checks the host, UTM, the image and the machines, and changes nothing."""
 
     def __init__(self, manager: Manager) -> None:
-        self._manager = manager
-        self._settings = manager.settings
-        self._utm = manager.utm
-        self._state = manager.state
+        self._manager, self._settings = manager, manager.settings
+        self._utm, self._state = manager.utm, manager.state
         # For each check that did not work: the failed check that is the cause.
         self._failed: dict[str, str] = {}
         self._fleet = Fleet(Rows([]), {}, manager.settings)
         self._no_fleet: KodeError | None = None
-        self._image: Machine | None = None
+        # By UUID, as far as UTM has reported it.
         self._hardware: dict[str, Hardware] = {}
         # The running clones, by their likeliest address.
         self._running: dict[str, list[Facts]] = {}
@@ -4658,23 +4570,19 @@ class Doctor:
             self._failed[check.name] = cause
             return [(SKIPPED, f"not checked, because {cause} failed", "")]
         try:
-            return self._run(check) or [(OK, check.passed, "")]
+            return list(check.run(self)) or [(OK, check.passed, "")]
         except KodeError as failure:
-            self._failed[check.name] = check.name
-            return [(ERROR, failure.message, failure.hint)]
-
-    def _run(self, check: Check) -> list[Result]:
-        try:
-            return list(check.run(self))
+            message, remedy = failure.message, failure.hint
         except OSError as failure:
-            place = failure.filename or "the system"
-            raise KodeError(f"{place}: {failure.strerror}", "Fix that, then run again: kodemachine doctor") from None
+            message = f"{failure.filename or 'the system'}: {failure.strerror}"
+            remedy = "Fix that, then run again: kodemachine doctor"
+        self._failed[check.name] = check.name
+        return [(ERROR, message, remedy)]
 
     @doctor_check("user", passed="not run as root")
     def _user(self) -> Iterable[Result]:
         """UTM does not answer Apple Events of root (contract 9.2)."""
-        is_mac = os.uname().sysname == "Darwin"
-        if is_mac and os.geteuid() == 0:
+        if os.uname().sysname == "Darwin" and os.geteuid() == 0:
             yield (ERROR, "kodemachine runs as root, and UTM does not answer root (-600)",
                    "Run kodemachine without sudo.")
 
@@ -4687,8 +4595,7 @@ class Doctor:
         version = self._utm.version()
         if not version:
             reply = self._utm.call("version")
-            if reply.outcome is Outcome.DONE:
-                version = reply.out.strip()
+            version = reply.out.strip() if reply.outcome is Outcome.DONE else ""
         yield judge_version(version)
 
     @doctor_check("automation", needs="utmctl", passed="macOS lets this terminal control UTM")
@@ -4704,80 +4611,73 @@ class Doctor:
 
     @doctor_check("utm", needs="utmctl automation")
     def _list(self) -> Iterable[Result]:
-        fleet = self._fleet
         if self._no_fleet:
             raise self._no_fleet
-        if fleet.broken:
-            yield ERROR, f"UTM's list has a row that cannot be read: {fleet.broken!r}", LINE_BREAK
-        yield OK, f"machines: {len(fleet.machines)}, clones: {len(fleet.clones)}", ""
+        if self._fleet.broken:
+            yield ERROR, f"UTM's list has a row that cannot be read: {self._fleet.broken!r}", LINE_BREAK
+        yield OK, f"machines: {len(self._fleet.machines)}, clones: {len(self._fleet.clones)}", ""
 
     @doctor_check("osascript", needs="utm", passed="macOS lets osascript control UTM")
     def _osascript(self) -> Iterable[Result]:
-        reply = self._read_hardware()
-        if reply.outcome is Outcome.REFUSED:
-            raise KodeError("macOS does not permit osascript to control UTM (-1743), so no new machine can be started",
-                            NOT_ALLOWED)
-        problem = ""
-        if reply.outcome is not Outcome.DONE:
-            problem = reply.sentence or reply.outcome.value
-        elif self._fleet.machines and not self._hardware:
-            problem = "its answer has no machine"
-        if problem:
-            raise KodeError(f"osascript cannot read UTM's machines: {problem}",
-                            "Check UTM's window, then run again: kodemachine doctor")
-        return []
-
-    def _read_hardware(self) -> Reply:
         """Reads the MAC addresses and drives of all machines. While UTM starts, it reports none (contract 4)."""
         for _ in poll(WARM_UP, self._utm.notes.tick, 0.3, 3.0):
             reply = self._utm.script(HARDWARE)
-            self._hardware = parse_hardware(reply.out)
-            is_complete = bool(self._hardware) or not self._fleet.machines
-            if reply.outcome is Outcome.DONE and is_complete:
+            if reply.outcome is Outcome.REFUSED:
+                raise KodeError("macOS does not permit osascript to control UTM (-1743), "
+                                "so no new machine can be started", NOT_ALLOWED)
+            found = parse_hardware(reply.out)
+            self._hardware = {uuid: hardware for uuid, hardware in found.items() if hardware.known}
+            problem = reply.sentence or reply.outcome.value
+            if reply.outcome is Outcome.DONE:
+                if found or not self._fleet.machines:
+                    return []
+                problem = "its answer has no machine"
+            elif reply.outcome is Outcome.FAILED:
                 break
-            if reply.outcome in (Outcome.REFUSED, Outcome.FAILED):
-                break
-        return reply
+        raise KodeError(f"osascript cannot read UTM's machines: {problem}",
+                        "Check UTM's window, then run again: kodemachine doctor")
 
     @doctor_check("image", needs="utm")
-    def _default_image(self) -> Iterable[Result]:
-        image = self._fleet.image(None)
-        self._image = image
-        yield OK, f"{image.name} exists and is stopped", ""
+    def _image(self) -> Iterable[Result]:
+        yield OK, f"{self._fleet.image(None).name} exists and is stopped", ""
 
     @doctor_check("devices", needs="osascript image", passed="the image is headless, has a serial port, and uses QEMU")
     def _devices(self) -> Iterable[Result]:
-        image = self._image
-        assert image
+        image = self._fleet.image(None)
         reply = self._utm.script(DEVICES, image.uuid)
-        if reply.outcome is Outcome.DONE and reply.out.startswith("backend "):
-            return device_problems(image.name, reply.out.split("\n"))
-        problem = reply.sentence or reply.outcome.value
-        return [(WARNING, f"UTM does not report the devices of {image.name}: {problem}",
-                 "Check in its settings in UTM that it has no display, and a serial device in mode Pseudo-TTY.")]
+        if reply.outcome is not Outcome.DONE or not reply.out.startswith("backend "):
+            problem = reply.sentence or reply.outcome.value
+            yield (WARNING, f"UTM does not report the devices of {image.name}: {problem}",
+                   "Check in its settings in UTM that it has no display, and a serial device in mode Pseudo-TTY.")
+            return
+        devices = reply.out.split("\n")
+        if "backend qemu" not in devices:
+            yield (ERROR, f"{image.name} does not use the QEMU backend, so it has no guest agent",
+                   "Create the image again, without 'Use Apple Virtualization'.")
+        if "displays 0" not in devices or "serial window" in devices:
+            yield (WARNING,
+                   f"{image.name} is not headless: a window opens at each start, and closing it stops the machine",
+                   "In its settings in UTM, remove the display, and any serial device in mode Built-in Terminal.")
+        if "serial ptty" not in devices and "serial tcp" not in devices:
+            yield (WARNING, f"{image.name} has no serial port, so `kodemachine attach` cannot reach its clones",
+                   "In its settings in UTM, add a serial device in mode Pseudo-TTY.")
 
     @doctor_check("ssh-key", passed="there is a key for ssh")
     def _ssh_key(self) -> Iterable[Result]:
         if self._settings.identity_file:
             return identity_problems(self._settings.identity_file)
-        if has_default_key() or self._agent_has_keys():
+        paths = [os.path.expanduser(f"~/.ssh/id_{kind}") for kind in KEY_KINDS]
+        # The exit status of ssh-add is 1 for an agent without keys, and 2 without an agent (ssh-add(1)).
+        if any(map(os.path.exists, paths)) or self._utm.call("ssh-add", "-l").outcome is Outcome.DONE:
             return []
         return [(WARNING, "there is no key in ~/.ssh or in an ssh agent, but ssh's configuration may name another one",
                  "To create a key, before you seal or create an image: ssh-keygen -t ed25519")]
 
-    def _agent_has_keys(self) -> bool:
-        """The exit status is 0 if there are keys, 1 for an agent without keys, 2 without an agent (ssh-add(1))."""
-        reply = self._utm.call("ssh-add", "-l")
-        return reply.outcome is Outcome.DONE
-
     @doctor_check("names", needs="utm", passed="no two machines share a name")
     def _names(self) -> Iterable[Result]:
         """Names are compared without case, as UTM's folders are."""
-        uuids: dict[str, list[str]] = {}
-        for machine in self._fleet.machines:
-            uuids.setdefault(machine.name.lower(), []).append(machine.uuid)
-        ours = {machine.name.lower() for machine in self._ours()}
-        for name in sorted(ours):
+        uuids = grouped((machine.name.lower(), machine.uuid) for machine in self._fleet.machines)
+        for name in sorted({machine.name.lower() for machine in self._ours()}):
             if len(uuids[name]) > 1:
                 yield (ERROR, f"{len(uuids[name])} machines are named {name}: {', '.join(uuids[name])}",
                        "Rename or delete one of them in UTM.")
@@ -4787,9 +4687,8 @@ class Doctor:
 
     @doctor_check("macs", needs="utm osascript", passed="no two machines share a MAC address")
     def _mac_addresses(self) -> Iterable[Result]:
-        for mac, machines in self._holders_by_mac().items():
-            clones = [machine for machine in machines if machine.label]
-            if len(machines) < 2 or not clones:
+        for mac, machines in grouped(self._kept_macs()).items():
+            if len(machines) < 2 or not any(machine.label for machine in machines):
                 continue
             names = " and ".join(machine.name for machine in machines)
             running = [machine for machine in machines if machine.power is not Power.STOPPED]
@@ -4797,53 +4696,39 @@ class Doctor:
             yield (level, f"{names} share the MAC address {mac}",
                    "Stop one of them, then open its settings in UTM: Network > MAC Address > Random.")
 
-    def _holders_by_mac(self) -> dict[str, list[Machine]]:
-        """The machines that keep their MAC addresses. An image is never started, so it does not count."""
-        holders: dict[str, list[Machine]] = {}
+    def _kept_macs(self) -> Iterator[tuple[str, Machine]]:
+        """The addresses that machines keep: an image is never started, and a clone's first start gives it a new one."""
         for machine in self._fleet.machines:
-            hardware = self._hardware.get(machine.uuid)
-            if not hardware or machine.is_image or self._will_get_new_mac(machine):
-                continue
-            for mac in set(hardware.macs) - {"?"}:
-                holders.setdefault(mac, []).append(machine)
-        return holders
-
-    @staticmethod
-    def _will_get_new_mac(machine: Machine) -> bool:
-        """Whether it is a clone that has not been started. Its first start gives it an address of its own."""
-        if not machine.label or machine.power is not Power.STOPPED:
-            return False
-        return not machine.record.mac_is_unique
+            is_new = machine.label and machine.power is Power.STOPPED and not machine.record.mac_is_unique
+            if machine.uuid in self._hardware and not machine.is_image and not is_new:
+                for mac in set(self._hardware[machine.uuid].macs) - {"?"}:
+                    yield mac, machine
 
     @doctor_check("host-keys", needs="utm", passed="no two clones are known to share a host key")
     def _host_keys(self) -> Iterable[Result]:
         names = dict.fromkeys(machine.name for machine in self._fleet.clones)
-        keys = {name: self._state.pinned(name) for name in names}
-        for group in sharers(keys):
-            yield self._unsealed(group, "share a host key, so each can pass for the other")
+        keys = [(key, name) for name in names for key in self._state.pinned(name)]
+        return self._unsealed(keys, "share a host key, so each can pass for the other")
 
     @doctor_check("machine-ids", needs="utm", passed="no two clones are known to share a machine-id")
     def _machine_ids(self) -> Iterable[Result]:
-        ids: dict[str, list[str]] = {}
-        for machine in self._fleet.clones:
-            if machine.record.machine_id:
-                ids.setdefault(machine.name, []).append(machine.record.machine_id)
-        for group in sharers(ids):
-            yield self._unsealed(group, "share a machine-id, so they may get the same IP address")
+        ids = [(machine.record.machine_id, machine.name) for machine in self._fleet.clones if machine.record.machine_id]
+        return self._unsealed(ids, "share a machine-id, so they may get the same IP address")
 
     @staticmethod
-    def _unsealed(names: str, problem: str) -> Result:
-        """Machines have something in common only if their image was not sealed."""
-        return (WARNING, f"{names} {problem}",
-                "Seal an image (kodemachine base seal LABEL --as vX.Y.Z), then replace each of these machines: "
-                "kodemachine start LABEL --fresh")
+    def _unsealed(pairs: Iterable[tuple[str, str]], problem: str) -> Iterator[Result]:
+        """Machines have something in common only if their image was not sealed. `pairs`: a value, a machine's name."""
+        groups = [" and ".join(names) for names in grouped(pairs).values() if len(names) > 1]
+        for group in dict.fromkeys(groups):
+            yield (WARNING, f"{group} {problem}",
+                   "Seal an image (kodemachine base seal LABEL --as vX.Y.Z), then replace each of these machines: "
+                   "kodemachine start LABEL --fresh")
 
     @doctor_check("addresses", needs="utm", passed="no two running clones share an IP address")
     def _addresses(self) -> Iterable[Result]:
-        for facts in self._manager.describe(self._started_clones(), sizes=False):
-            # A container bridge, of rank 2, has the same address in every guest.
-            if facts.ip and address_rank(facts.ip) != 2:
-                self._running.setdefault(facts.ip, []).append(facts)
+        facts = self._manager.describe(self._started_clones())
+        # A container bridge, of rank 2, has the same address in every guest.
+        self._running = grouped((own.ip, own) for own in facts if own.ip and address_rank(own.ip) != 2)
         for address, holders in self._running.items():
             if len(holders) > 1:
                 names = " and ".join(facts.name for facts in holders)
@@ -4856,44 +4741,32 @@ class Doctor:
     @doctor_check("copies", needs="utm", passed="no machine is an incomplete copy")
     def _copies(self) -> Iterable[Result]:
         """Incomplete copies have small drives (contract 10.12, 10.13), or the temporary name that UTM gives them."""
+        names = [machine.name for machine in self._ours()]
         is_cloning = self._state.locked("fleet")
         for machine in self._fleet.machines:
             title = f"{machine.name} ({machine.uuid})"
-            missing = self._missing_part(machine)
+            # UTM first names a copy like its original, with a number (contract 3).
+            original, _, number = machine.name.rpartition(" ")
+            missing = self._missing_part(machine, original)
             if missing:
                 yield (ERROR, f"{title} is an incomplete copy: {missing}",
                        f"Delete it: {shlex.quote(self._utm.path())} delete {machine.uuid}")
-            elif self._is_temporary_name(machine.name) and not is_cloning:
+            elif original in names and number.isdigit() and not is_cloning:
                 yield (WARNING, f"{title} was left by an interrupted clone",
                        "Run the interrupted command again to complete it, or delete the machine in UTM.")
 
-    def _is_temporary_name(self, name: str) -> bool:
-        """UTM first names a copy like its original, with a number (contract 3)."""
-        base, _, number = name.rpartition(" ")
-        names = [machine.name for machine in self._ours()]
-        return base in names and number.isdigit()
-
-    def _missing_part(self, machine: Machine) -> str:
-        """The part that the machine lacks of its original, in words; empty if it lacks none that is known."""
-        copy = self._hardware.get(machine.uuid)
-        if not copy or not copy.known:
-            return ""
-        for uuid in self._possible_originals(machine):
-            original = self._hardware.get(uuid)
-            if original and original.known:
-                missing = missing_part(copy, original)
+    def _missing_part(self, machine: Machine, original: str) -> str:
+        """The part that a machine lacks of its recorded original, or of one with its name or the name `original`."""
+        originals = [machine.record.copy_of]
+        for other in self._ours():
+            if other.name in (machine.name, original) and other.uuid != machine.uuid:
+                originals.append(other.uuid)
+        for uuid in originals:
+            if machine.uuid in self._hardware and uuid in self._hardware:
+                missing = missing_part(self._hardware[machine.uuid], self._hardware[uuid])
                 if missing:
                     return missing
         return ""
-
-    def _possible_originals(self, machine: Machine) -> list[str]:
-        """UUIDs of the recorded original, and of the machines whose name this one has, with or without a number."""
-        base = machine.name.rpartition(" ")[0]
-        uuids = [machine.record.copy_of]
-        for other in self._ours():
-            if other.name in (machine.name, base) and other.uuid != machine.uuid:
-                uuids.append(other.uuid)
-        return uuids
 
     @doctor_check("space")
     def _space(self) -> Iterable[Result]:
@@ -4918,13 +4791,6 @@ class Doctor:
 
     @doctor_check("leftovers", needs="utm", passed="the state folder is in order")
     def _leftovers(self) -> Iterable[Result]:
-        yield from self._record_problems()
-        yield from self._interrupted_orders()
-        for folder in (self._state.folder, self._state.path("intents")):
-            for path in half_written_files(folder):
-                yield WARNING, f"{path} is an incomplete file of an interrupted run", f"rm {shlex.quote(path)}"
-
-    def _record_problems(self) -> Iterator[Result]:
         listed = {machine.uuid for machine in self._fleet.machines}
         missing = set(self._state.records()) - listed
         if self._state.trouble:
@@ -4934,6 +4800,10 @@ class Doctor:
         if listed and missing:
             yield (WARNING, f"remembered machines that no longer exist: {len(missing)}",
                    "To forget them (it asks before it deletes a machine): kodemachine purge")
+        yield from self._interrupted_orders()
+        for folder in (self._state.folder, self._state.path("intents")):
+            for path in half_written_files(folder):
+                yield WARNING, f"{path} is an incomplete file of an interrupted run", f"rm {shlex.quote(path)}"
 
     def _interrupted_orders(self) -> Iterator[Result]:
         for name in self._state.orders():
@@ -4961,37 +4831,33 @@ class Doctor:
     @doctor_check("network", needs="utm")
     def _network(self) -> Iterable[Result]:
         """Only a connection shows whether macOS 15 and newer permit access to the guests (Apple's TN3179)."""
-        if not self._running:
-            return [self._no_addresses()]
-        winner, has_no_route = self._probe()
-        if winner:
-            return [(OK, f"a guest's ssh server answers at {winner}", "")]
-        if has_no_route and local_network_rules():
-            return [(ERROR, "macOS blocks connections to the guests (no route to host)", LOCAL_NETWORK)]
-        addresses = list(self._running)
-        clone = self._running[addresses[0]][0]
-        return [(WARNING, f"no ssh server answers at {', '.join(addresses)}",
-                 f"Check the console: kodemachine attach {clone.label}")]
-
-    def _no_addresses(self) -> Result:
         silent = self._started_clones()
-        if not silent:
-            return OK, "no clone is running, so the network was not tested", ""
-        names = ", ".join(machine.name for machine in silent)
-        return (WARNING, f"no guest agent reports an IP address (running: {names})",
-                f"Check on the console that qemu-guest-agent runs: kodemachine attach {silent[0].label}")
+        if self._running:
+            yield self._probe()
+        elif silent:
+            names = ", ".join(machine.name for machine in silent)
+            yield (WARNING, f"no guest agent reports an IP address (running: {names})",
+                   f"Check on the console that qemu-guest-agent runs: kodemachine attach {silent[0].label}")
+        else:
+            yield OK, "no clone is running, so the network was not tested", ""
 
-    def _probe(self) -> tuple[str | None, bool]:
-        """The address of a running clone whose ssh server answers, and whether there is no route to the clones."""
+    def _probe(self) -> Result:
+        """Connects to the ssh servers of the running clones, until one answers."""
+        addresses = list(self._running)
         prober = Prober(self._settings.ssh_port)
-        prober.aim(list(self._running))
+        prober.aim(addresses)
         deadline = time.monotonic() + GREETING
         winner = None
         while not winner and time.monotonic() < deadline:
             winner = prober.step(0.05)
         has_no_route = prober.unreachable
         prober.close()
-        return winner, has_no_route
+        if winner:
+            return OK, f"a guest's ssh server answers at {winner}", ""
+        if has_no_route and local_network_rules():
+            return ERROR, "macOS blocks connections to the guests (no route to host)", LOCAL_NETWORK
+        return (WARNING, f"no ssh server answers at {', '.join(addresses)}",
+                f"Check the console: kodemachine attach {self._running[addresses[0]][0].label}")
 
 
 CHECK_WIDTH = max(len(check.name) for check in CHECKS)
@@ -5034,52 +4900,33 @@ def open_tcp_port(port: str) -> int:
                         "Is another program connected to it? A TCP port accepts one at a time.") from None
 
 
-def is_own_device(handle: int) -> bool:
-    """Whether an open file is a character device that belongs to the user."""
-    status = os.fstat(handle)
-    return stat.S_ISCHR(status.st_mode) and status.st_uid == os.geteuid()
-
-
-def open_device(path: str) -> int:
-    """Opens the device of a serial port, and returns its handle. Raises KodeError, also if it is not the user's."""
+def open_line(port: str) -> int:
+    """Opens a serial port, the user's device or host:port, without blocking; returns its handle. Raises KodeError."""
+    if not port.startswith("/"):
+        return open_tcp_port(port)
     import termios
     import tty
 
     try:
-        line = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        line = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as failure:
-        raise KodeError(f"cannot open the serial port {path}: {failure.strerror}", OLD_DEVICE) from None
-    if not is_own_device(line):
+        raise KodeError(f"cannot open the serial port {port}: {failure.strerror}", OLD_DEVICE) from None
+    status = os.fstat(line)
+    if not stat.S_ISCHR(status.st_mode) or status.st_uid != os.geteuid():
         os.close(line)
-        raise KodeError(f"{path} is not a serial port of yours and was not used", OLD_DEVICE)
+        raise KodeError(f"{port} is not a serial port of yours and was not used", OLD_DEVICE)
     # Without raw mode the line would echo its input. TCSANOW keeps the output that is already waiting.
     with contextlib.suppress(termios.error):
         tty.setraw(line, termios.TCSANOW)
     return line
 
 
-def open_line(port: str) -> int:
-    """Opens a serial port as UTM reports it, a device or host:port, without blocking. Raises KodeError."""
-    if port.startswith("/"):
-        return open_device(port)
-    return open_tcp_port(port)
-
-
 class Outlet:
-    """A handle that bytes are written to, and the bytes that wait for it."""
-
-    FULL = 1 << 18      # bytes
+    """A handle that bytes are written to, at most `piece` at once, and the bytes that wait for it."""
 
     def __init__(self, handle: int, piece: int) -> None:
-        """`piece`: bytes that are written at most at once."""
-        self.handle = handle
+        self.handle, self._piece = handle, piece
         self.waiting = bytearray()
-        self._piece = piece
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits that nothing more should be read for this handle."""
-        return len(self.waiting) >= self.FULL
 
     def write(self) -> bool:
         """Writes as many of the waiting bytes as the handle takes. False: nobody reads them any more."""
@@ -5105,51 +4952,47 @@ class SerialRelay:
     """A relay between a person (or a pipe) and a serial line: raw, 8-bit clean, with back-pressure both ways."""
 
     CHUNK = 1 << 16     # bytes that are read at once
+    FULL = 1 << 18      # bytes that may wait
 
     def __init__(self, line: int, source: int, sink: int, escape: bytes, log: int | None) -> None:
         """Relays `source` to `line`, and `line` to `sink` and `log`. The key `escape` ends it; without one: b""."""
-        self._line = line
-        self._source = source
-        self._escape = escape
-        self._log = log
-        self._is_person = os.isatty(source)
-        self._source_ended = False
+        self._line, self._source = line, source
+        self._escape, self._log = escape, log
+        # A terminal that was closed is not one any more.
+        self._is_person, self._source_ended = os.isatty(source), False
         self._opened: int | None = None
         self._to_line = Outlet(line, self.CHUNK)
-        self._to_sink = self._sink_outlet(sink)
-
-    def _sink_outlet(self, sink: int) -> Outlet:
+        # A pipe that is ready for writing takes this many bytes without blocking.
+        self._to_sink = Outlet(sink, select.PIPE_BUF)
         if os.isatty(sink):
             # The shell shares `sink`. It is opened a second time, so that O_NONBLOCK does not affect the shell.
             with contextlib.suppress(OSError):
                 self._opened = os.open(os.ttyname(sink), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-                return Outlet(self._opened, self.CHUNK)
-        # A pipe that is ready for writing takes this many bytes without blocking.
-        return Outlet(sink, select.PIPE_BUF)
+                self._to_sink = Outlet(self._opened, self.CHUNK)
 
     def close(self) -> None:
         """Closes the handle that the relay has opened itself. The caller closes the line."""
         if self._opened is not None:
             os.close(self._opened)
 
-    def relay(self, deadline: float | None, at_end: Callable[[], None] = lambda: None) -> str:
+    def relay(self, deadline: float | None, at_end: Callable[[], None] | None = None) -> str:
         """Relays until one side ends, and returns the reason: `escape`, `closed` (the line), `reader` or `timeout`.
 
         `deadline` is in seconds of time.monotonic(). `at_end` is called once, when the source has ended and the
         line has taken all its bytes.
         """
-        end_was_reported = False
         while True:
             left = None
             if deadline is not None:
                 left = max(0.0, deadline - time.monotonic())
-            readable, writable, _ = select.select(self._readers(), self._writers(), [], left)
-            reason = self._read_from(readable) or self._write_to(writable)
+            writers = [outlet.handle for outlet in (self._to_line, self._to_sink) if outlet.waiting]
+            readable, writable, _ = select.select(self._readers(), writers, [], left)
+            reason = self._transfer(readable, writable)
             if reason:
                 return reason
-            if self._source_ended and not self._to_line.waiting and not end_was_reported:
-                end_was_reported = True
+            if at_end and self._source_ended and not self._to_line.waiting:
                 at_end()
+                at_end = None
             if left == 0:
                 self._to_sink.drain()
                 return "timeout"
@@ -5157,67 +5000,51 @@ class SerialRelay:
     def _readers(self) -> list[int]:
         """The handles to read from. A side whose bytes cannot be passed on has to wait."""
         readers = []
-        if not self._to_sink.is_full:
+        if len(self._to_sink.waiting) < self.FULL:
             readers.append(self._line)
-        if not self._source_ended and not self._to_line.is_full:
+        if not self._source_ended and len(self._to_line.waiting) < self.FULL:
             readers.append(self._source)
         return readers
 
-    def _writers(self) -> list[int]:
-        writers = []
-        for outlet in (self._to_line, self._to_sink):
-            if outlet.waiting:
-                writers.append(outlet.handle)
-        return writers
-
-    def _read_from(self, readable: Sequence[int]) -> str:
-        """Reads from the sides that have something to read. Returns the reason for an end, or ""."""
+    def _transfer(self, readable: Sequence[int], writable: Sequence[int]) -> str:
+        """Reads from and writes to the sides that are ready. Returns the reason for an end, or ""."""
         reason = ""
         if self._line in readable:
             reason = self._read_line()
         if not reason and self._source in readable:
             reason = self._read_source()
-        return reason
-
-    def _read_line(self) -> str:
-        data = self._read(self._line)
-        if data is None:
-            return ""
-        if not data:
-            self._to_sink.drain()
-            return "closed"
-        self._to_sink.waiting += data
-        if self._log is not None:
-            os.write(self._log, data)
-        return ""
-
-    def _read_source(self) -> str:
-        data = self._read(self._source)
-        if data is None:
-            return ""
-        if not data:
-            self._source_ended = True
-            # The end of a pipe is only the end of its input. A terminal that ends was closed.
-            return "reader" if self._is_person else ""
-        return self._pass_keys(data)
-
-    def _pass_keys(self, data: bytes) -> str:
-        """Passes input to the line, as far as the escape key."""
-        keys, escape = data, b""
-        if self._escape:
-            keys, escape, _ = data.partition(self._escape)
-        self._to_line.waiting += keys
-        if not escape:
-            return ""
-        self._to_line.drain()
-        return "escape"
-
-    def _write_to(self, writable: Sequence[int]) -> str:
-        """Writes to the sides that take bytes. Returns the reason for an end, or ""."""
+        if reason:
+            return reason
         if self._to_line.handle in writable and not self._to_line.write():
             return "closed"
         if self._to_sink.handle in writable and not self._to_sink.write():
             return "reader"
+        return ""
+
+    def _read_line(self) -> str:
+        data = self._read(self._line)
+        if data == b"":
+            self._to_sink.drain()
+            return "closed"
+        if data:
+            self._to_sink.waiting += data
+            if self._log is not None:
+                os.write(self._log, data)
+        return ""
+
+    def _read_source(self) -> str:
+        data = self._read(self._source)
+        if data == b"":
+            self._source_ended = True
+            # The end of a pipe is only the end of its input. A terminal that ends was closed.
+            return "reader" if self._is_person else ""
+        keys, escape = data or b"", b""
+        if self._escape:
+            keys, escape, _ = keys.partition(self._escape)
+        self._to_line.waiting += keys
+        if escape:
+            self._to_line.drain()
+            return "escape"
         return ""
 
     def _read(self, handle: int) -> bytes | None:
@@ -5237,94 +5064,60 @@ def escape_byte(text: str) -> bytes:
         return b""
     control = re.fullmatch(r"(?:ctrl-|\^)([a-z@\[\]\\^_])", text.lower())
     if control:
-        letter = control.group(1).upper()
-        return bytes([ord(letter) & 0x1F])
+        return bytes([ord(control.group(1).upper()) & 0x1F])
     if len(text) == 1 and text.isascii():
         return text.encode()
     raise UsageError(f"{text!r} is not an escape key", "For example: --escape ctrl-a, or --escape none")
 # ---- terminal output
 
 
-def character_width(character: str) -> int:
-    """Columns of a terminal that a character occupies: 0, 1 or 2."""
-    import unicodedata
-
-    if unicodedata.east_asian_width(character) in ("W", "F"):
-        return 2
-    # A combining character is drawn over the one before it.
-    return 0 if unicodedata.combining(character) else 1
-
-
 def display_width(text: str) -> int:
     """Columns of a terminal that a text occupies."""
     if text.isascii():
         return len(text)
-    return sum(map(character_width, text))
+    import unicodedata
+
+    # A combining character is drawn over the one before it.
+    shown = [c for c in text if not unicodedata.combining(c)]
+    wide = [c for c in shown if unicodedata.east_asian_width(c) in ("W", "F")]
+    return len(shown) + len(wide)
 
 
 def truncate(text: str, width: int) -> str:
     """The longest beginning of a text that fits into `width` columns of a terminal."""
-    if text.isascii():
-        return text[:max(0, width)]
-    used = 0
-    for position, character in enumerate(text):
-        used += character_width(character)
-        if used > width:
-            return text[:position]
+    while text and display_width(text) > width:
+        text = text[:-1]
     return text
 
 
-def padded(text: str, width: int) -> str:
-    """A text with blanks up to `width` columns of a terminal."""
-    return text + " " * (width - display_width(text))
-
-
-TABLE_GAP = "  "
-
-
-def column_width(column: Sequence[str]) -> int:
-    """The display width of the widest cell."""
-    return max(map(display_width, column))
-
-
-def columns_width(columns: Sequence[Sequence[str]]) -> int:
-    """The display width of a table with these columns."""
-    gaps = len(TABLE_GAP) * (len(columns) - 1)
-    return gaps + sum(map(column_width, columns))
-
-
-def fitting_columns(columns: list[list[str]], width: int, expendable: Sequence[str]) -> list[list[str]]:
-    """The columns that are shown in `width`; the first cell of each is its name.
-
-    Expendable ones are removed until the rest fits: first those without any value, then the others, both in the order
-    of `expendable`.
-    """
-    empty = {name for name, *cells in columns if set(cells) <= {"-"}}
-    for candidate in sorted(expendable, key=lambda name: name not in empty):
-        if columns_width(columns) <= width:
-            break
-        columns = [column for column in columns if column[0] != candidate]
-    return columns
+def aligned(columns: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table with these columns."""
+    widths = [max(map(display_width, column)) for column in columns]
+    lines = []
+    for row in zip(*columns):
+        cells = [cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
           expendable: Sequence[str] = ()) -> str:
     """Lines with aligned columns, at most `width` wide (None: as wide as they are).
 
-    A table that is too wide loses expendable columns. If it is still too wide, its lines are truncated.
+    A table that is too wide loses expendable columns until it fits: first those without any value, then the others,
+    both in the order of `expendable`. If it is still too wide, its lines are truncated.
     """
-    columns = [list(column) for column in zip(header, *rows)]
-    if width is not None:
-        columns = fitting_columns(columns, width, expendable)
-    widths = [column_width(column) for column in columns]
-    lines = []
-    for row in zip(*columns):
-        cells = map(padded, row, widths)
-        line = TABLE_GAP.join(cells).rstrip()
-        if width is not None:
-            line = truncate(line, width)
-        lines.append(line)
-    return "\n".join(lines)
+    columns = list(zip(header, *rows))
+    lines = aligned(columns)
+    if width is None:
+        return "\n".join(lines)
+    empty = {name for name, *cells in columns if set(cells) <= {"-"}}
+    for candidate in sorted(expendable, key=lambda name: name not in empty):
+        if max(map(display_width, lines)) <= width:
+            break
+        columns = [column for column in columns if column[0] != candidate]
+        lines = aligned(columns)
+    return "\n".join(truncate(line, width) for line in lines)
 
 
 def discard_output(handle: int) -> None:
@@ -5334,24 +5127,24 @@ def discard_output(handle: int) -> None:
     os.close(nowhere)
 
 
-class Terminal(Notes):
-    """Results on stdout, everything else on stderr. On a terminal, progress is one live line per step.
+def terminal_columns(handle: int) -> int | None:
+    """Columns of a terminal; None if `handle` is not one, or one whose size was never set."""
+    try:
+        return os.get_terminal_size(handle).columns or None
+    except OSError:
+        return None
 
-    All texts are made printable here, and nowhere before.
-    """
+
+class Terminal(Notes):
+    """Results on stdout, the rest on stderr, all made printable here. A terminal shows one live line per step."""
 
     ERASE_LINE = "\r\x1b[K"
     DIM, RED, NORMAL = "\x1b[2m", "\x1b[31m", "\x1b[0m"
     REPAINT_AFTER = 0.5     # seconds
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
-        """`quiet`: no progress and no notes. `verbose`: external calls are shown. `as_json`: errors are JSON objects.
-
-        All three may be changed at any time.
-        """
-        self.quiet = quiet
-        self.verbose = verbose
-        self.as_json = as_json
+        """`quiet`: no progress and no notes. `verbose`: shows external calls. `as_json`: errors are JSON objects."""
+        self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
         self._is_terminal = sys.stderr.isatty()
         self._is_live = self._is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._has_colour = self._is_live and not os.environ.get("NO_COLOR")
@@ -5367,22 +5160,16 @@ class Terminal(Notes):
         """A step begins: one line, which is live until the next one."""
         with self._lock:
             self.end_step()
-            if self.quiet:
-                return
-            if self._is_live:
-                self._begin(printable(text))
-            else:
+            if self._is_live and not self.quiet:
+                self._step, self._progress = printable(text), ""
+                self._began = time.monotonic()
+                self._paint()
+            elif not self.quiet:
                 self._write_line(printable(text))
-
-    def _begin(self, text: str) -> None:
-        self._step = text
-        self._progress = ""
-        self._began = time.monotonic()
-        self._paint()
 
     def progress(self, text: str) -> None:
         """How far the step has come; shown after its name in a live line."""
-        self._progress = printable(text)
+        self._progress = printable(text) + " "
 
     def tick(self) -> None:
         """Repaints the live line about twice a second."""
@@ -5398,13 +5185,13 @@ class Terminal(Notes):
             line = self._step + self._clock()
             if self._has_colour:
                 line = f"{self.DIM}{line}{self.NORMAL}"
-            self._write_line(self.ERASE_LINE + line)
             self._step = None
+            self._write(f"{self.ERASE_LINE}{line}\n")
 
     def _paint(self) -> None:
         """Paints the live line. It must not wrap, because only one row can be painted over."""
         clock = self._clock()
-        room = self._stderr_width() - 1 - display_width(clock)
+        room = (terminal_columns(2) or 80) - 1 - display_width(clock)
         line = truncate(self._step or "", room) + clock
         self._write(self.ERASE_LINE + line)
         self._painted = time.monotonic()
@@ -5414,25 +5201,11 @@ class Terminal(Notes):
         elapsed = time.monotonic() - self._began
         if elapsed < 0.95:
             return ""
-        if not self._progress:
-            return f"  {elapsed:.0f} s"
-        return f"  {self._progress} {elapsed:.0f} s"
-
-    @staticmethod
-    def _stderr_width() -> int:
-        try:
-            columns = os.get_terminal_size(2).columns
-        except OSError:
-            columns = 0
-        # A terminal whose size was never set reports 0 columns.
-        return columns or 80
+        return f"  {self._progress}{elapsed:.0f} s"
 
     def note(self, text: str, *, needed: bool = False) -> None:
         """A line for the person that is not a result. -q hides it unless it is `needed`, as before a question."""
-        if self.quiet and not needed:
-            return
-        with self._lock:
-            self.end_step()
+        if needed or not self.quiet:
             self._write_line(printable(text))
 
     def ready(self, text: str) -> None:
@@ -5442,41 +5215,30 @@ class Terminal(Notes):
 
     def warn(self, text: str) -> None:
         """Something that the person should know. The work continues."""
-        with self._lock:
-            self.end_step()
-            self._write_line(f"kodemachine: warning: {printable(text)}")
+        self._write_line(f"kodemachine: warning: {printable(text)}")
 
     def trace(self, text: str) -> None:
         """A call to an external program. Shown with -v."""
-        if not self.verbose:
-            return
-        with self._lock:
-            self.end_step()
+        if self.verbose:
             self._write_line(f"+ {printable(text)}")
 
     def error(self, failure: KodeError) -> None:
         """Shows the message of a failure and its hint; with --json one JSON object."""
-        message = printable(failure.message)
-        hint = printable(failure.hint)
+        message, hint = printable(failure.message), printable(failure.hint)
         if self.as_json:
-            text = json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}})
-        else:
-            text = self._explanation(message, hint)
-        with self._lock:
-            self.end_step()
-            self._write_line(text)
-
-    def _explanation(self, message: str, hint: str) -> str:
+            self._write_line(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}))
+            return
         name = "kodemachine:"
         if self._has_colour:
             name = f"{self.RED}{name}{self.NORMAL}"
-        text = f"{name} {message}"
-        for line in hint.splitlines():
-            text += f"\n  {line}"
-        return text
+        lines = [f"{name} {message}", *hint.splitlines()]
+        self._write_line("\n  ".join(lines))
 
     def _write_line(self, text: str) -> None:
-        self._write(text + "\n")
+        """An ordinary line. It ends the live line, if there is one."""
+        with self._lock:
+            self.end_step()
+            self._write(text + "\n")
 
     @staticmethod
     def _write(text: str) -> None:
@@ -5523,10 +5285,7 @@ class Terminal(Notes):
     @property
     def width(self) -> int | None:
         """Columns of the terminal on stdout; None if it is not a terminal, or reports no size."""
-        try:
-            return os.get_terminal_size(1).columns or None
-        except OSError:
-            return None
+        return terminal_columns(1)
 
     @property
     def can_ask(self) -> bool:
@@ -5574,6 +5333,7 @@ class Command(NamedTuple):
     """One entry of the command table. `examples` are command lines without the name of the program."""
 
     run: Run
+    summary: str
     options: tuple[Option, ...]
     aliases: tuple[str, ...]
     hidden: bool
@@ -5582,14 +5342,19 @@ class Command(NamedTuple):
 
 # By name. "base seal" is the command `seal` of the group `base`.
 COMMANDS: dict[str, Command] = {}
+# All names of all commands, with the name in the table: `base ls` means `base list`.
+SPELLINGS: dict[str, str] = {}
 GROUPS = {"base": "golden images: list, choose, seal and create them"}
 
 
 def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bool = False,
             examples: Sequence[str] = ()) -> Callable[[Run], Run]:
-    """Adds a function to the command table. The first line of its docstring is the command's help."""
+    """Adds a function to the command table. Its docstring is the command's help."""
     def add(run: Run) -> Run:
-        COMMANDS[name] = Command(run, options, tuple(aliases), hidden, tuple(examples))
+        COMMANDS[name] = Command(run, run.__doc__ or "", options, tuple(aliases), hidden, tuple(examples))
+        group, blank, word = name.rpartition(" ")
+        for spelling in (word, *aliases):
+            SPELLINGS[group + blank + spelling] = name
         return run
     return add
 
@@ -5597,17 +5362,6 @@ def command(name: str, *options: Option, aliases: Sequence[str] = (), hidden: bo
 def option(*names: str, **how: Any) -> Option:
     """One argument of a command, with argparse's keywords. Completion goes by its metavar or name."""
     return names, how
-
-
-def spellings() -> dict[str, str]:
-    """All names of all commands, with the name in the table: `base ls` means `base list`."""
-    found = {}
-    for name, entry in COMMANDS.items():
-        group, blank, _ = name.rpartition(" ")
-        found[name] = name
-        for alias in entry.aliases:
-            found[group + blank + alias] = name
-    return found
 
 
 def command_words() -> set[str]:
@@ -5620,131 +5374,30 @@ def operands_of(name: str) -> list[Option]:
     return [(names, how) for names, how in COMMANDS[name].options if not names[0].startswith("-")]
 
 
-# -- mistakes on the command line
-
-
 def command_line(words: Sequence[str], rest: Sequence[str] | None = None) -> str:
     """A command line that can be pasted into a shell."""
     text = "kodemachine " + shlex.join(words)
     return text if rest is None else f"{text} -- {shlex.join(rest)}"
 
 
-def takes_operands(name: str, operands: Sequence[str]) -> bool:
-    """Whether a command of the table can be run with just these operands."""
-    wanted = operands_of(name)
-    counts = [how.get("nargs") for _, how in wanted]
-    is_variadic = "*" in counts or "+" in counts
-    if len(operands) < counts.count(None) or (len(operands) > len(wanted) and not is_variadic):
-        return False
-    if name == "cp":
-        return len(operands) > 1 and any(":" in path for path in operands)
-    if name == "start":
-        return len(operands) == 1
-    if "labels" in [names[0] for names, _ in wanted]:
-        return bool(operands)
-    choices = wanted[0][1].get("choices") if wanted else None
-    return name != "exec" and not (choices and operands and operands[0] not in choices)
+def number_type(convert: Callable[[str], float], low: float, high: float, wanted: str) -> Callable[[str], Any]:
+    """A type for argparse: numbers from `low` to below `high`. `convert` may raise ValueError."""
+    def checked(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if low <= value < high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return checked
 
 
-def corrected(name: str, operands: Sequence[str]) -> str:
-    """The command line that was probably meant: the command with these operands, or else its help."""
-    if name in ("ssh", "exec") and len(operands) > 1:
-        return command_line([name, operands[0]], operands[1:])
-    if name == "clone" and len(operands) == 1:
-        return command_line([name, operands[0], operands[0] + "-2"])
-    if name in COMMANDS and takes_operands(name, operands):
-        return command_line([name, *operands])
-    if name in COMMANDS or name in GROUPS:
-        return f"See: {command_line(['help', name])}"
-    # An option, such as --version.
-    return command_line([name])
-
-
-def takes_label(word: str) -> bool:
-    """Whether a word is a command whose first operand is a label."""
-    name = spellings().get(word)
-    operands = operands_of(name) if name else []
-    return bool(operands) and operands[0][0][0] in ("label", "labels")
-
-
-# Words of tools that share folders.
-SHARING_WORDS = ("mount", "share", "sync", "rsync")
-
-
-def no_shared_folders(words: Sequence[str]) -> UsageError:
-    """The error for an attempt to share a folder with a machine."""
-    copy = command_line(["help", "cp"])
-    if len(words) == 2 and LABEL.fullmatch(words[1]):
-        copy = command_line(["cp", "-r", words[0], words[1] + ":"])
-    return UsageError("there are no shared folders: no folder of the Mac is in a guest",
-                      f"To copy files: {copy}; for rsync: kodemachine ssh-config --install")
-
-
-def unknown_command(word: str, operands: Sequence[str]) -> UsageError:
-    """The error for words after one that is not a command. It may be a label, which must be alone."""
-    if word in SHARING_WORDS:
-        return no_shared_folders(operands)
-    inside = command_line([word], operands)
-    if takes_label(operands[0]):
-        name = spellings()[operands[0]]
-        meant = corrected(name, [word, *operands[1:]])
-        return UsageError("the command comes before the label", f"{meant}; or, to run it in that machine: {inside}")
-    near = near_command(word, command_words())
-    if near:
-        return UsageError(f"unknown command {word!r}; did you mean {near!r}?", corrected(near, operands))
-    hint = f"To run a command in that machine: {inside}"
-    if RESERVED.isdisjoint(operands):
-        hint += f"; to start several: {command_line(['start', '-d', word, *operands])}"
-    return UsageError(f"unknown command {word!r}", hint)
-
-
-# -- types of arguments, for argparse
-
-
-def seconds(text: str) -> float:
-    """A positive number of seconds. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"\d{1,6}(?:\.\d+)?|\.\d+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return float(text)
-
-
-def count(text: str) -> int:
-    """A number of CPUs. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"[1-9]\d{0,2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999")
-    return int(text)
-
-
-def port_index(text: str) -> int:
-    """The number of a serial port. Raises ArgumentTypeError."""
-    if not re.fullmatch(r"\d{1,2}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 99")
-    return int(text)
-
-
-def mebibytes(text: str) -> int:
-    """A size of memory, in MiB. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        size = parse_size(text) >> 20
-        if 32 <= size < 1 << 24:
-            return size
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory, such as 4G or 512M")
-
-
-def disk_size(text: str) -> int:
-    """A size of a disk, in bytes: whole MiB. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        size = parse_size(text)
-        if 1 << 30 <= size < 1 << 46:
-            return size >> 20 << 20
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size of a disk, such as 64G")
-
-
-def period(text: str) -> float:
-    """A length of time, in seconds. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        return parse_age(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a length of time, such as 12h or 7d")
+seconds = number_type(float, 0.001, 1e6, "a positive number of seconds")
+period = number_type(parse_age, 0.0, float("inf"), "a length of time, such as 12h or 7d")
+count = number_type(int, 1, 1000, "a whole number from 1 to 999")
+port_index = number_type(int, 0, 100, "a number from 0 to 99")
+# The memory in MiB, and the disk in bytes, but whole MiB.
+mebibytes = number_type(lambda text: parse_size(text) >> 20, 32, 1 << 24, "a size of memory, such as 4G or 512M")
+disk_size = number_type(lambda text: parse_size(text) >> 20 << 20, 1 << 30, 1 << 46, "a size of a disk, such as 64G")
 
 
 def version(text: str) -> str:
@@ -5765,33 +5418,33 @@ START_TIMEOUT = option("--timeout", type=seconds, metavar="S", help="seconds to 
 STOP_TIMEOUT = option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has to shut down")
 
 
-# -- labels of a command
-
-
 def chosen(ctx: Context, opts: Arguments, fits: Callable[[Machine], bool] = lambda machine: True) -> list[str]:
     """The labels on the command line, each once; with --all those of the clones that fit. Raises UsageError."""
-    every = getattr(opts, "all", False)
-    if every and opts.labels:
-        raise UsageError("either labels or --all, not both", f"See: kodemachine help {opts.name}")
-    if every:
+    see = f"See: kodemachine help {opts.name}"
+    if "all" in opts and opts.all:
+        if opts.labels:
+            raise UsageError("either labels or --all, not both", see)
         clones = ctx.manager.fleet(partial=True).clones
-        return list(dict.fromkeys(str(machine.label) for machine in clones if fits(machine)))
-    if not opts.labels:
-        raise UsageError(f"{opts.name} needs a label", f"See: kodemachine help {opts.name}")
-    return list(dict.fromkeys(ctx.manager.label(text) for text in opts.labels))
+        labels = [str(machine.label) for machine in clones if fits(machine)]
+    elif opts.labels:
+        labels = [ctx.manager.label(text) for text in opts.labels]
+    else:
+        raise UsageError(f"{opts.name} needs a label", see)
+    return list(dict.fromkeys(labels))
+
+
+def running_vm(ctx: Context, text: str, because: str = "", *, soon: bool = False) -> VM:
+    """The running machine with that label; with `soon` also one about to run. `because` ends the error."""
+    vm = ctx.manager.find(ctx.manager.label(text))
+    may_run = soon and vm.power not in (Power.STOPPED, Power.PAUSED)
+    if vm.power is not Power.STARTED and not may_run:
+        raise WrongState(f"{vm.name} is {vm.power.word}{because}", f"Start it: kodemachine start -d {vm.label}")
+    return vm
 
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: `1 error`, `2 errors`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def under_lock(ctx: Context, work: Callable[[str], str]) -> Callable[[str], str]:
-    """A function that does `work` while it holds the label's lock, and returns the label and the result of `work`."""
-    def locked(label: str) -> str:
-        with ctx.manager.holding(label):
-            return f"{label} {work(label)}"
-    return locked
 
 
 def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
@@ -5811,51 +5464,47 @@ def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
         raise
 
 
-def in_threads(ctx: Context, labels: Sequence[str], work: Callable[[str], None]) -> int:
-    """Does `work` for each label in WIDTH threads. A KodeError is shown; any other exception is raised at the end."""
-    waiting = list(labels)
+def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+    """Does `work` for each label, in WIDTH threads, and returns the status of the first failure.
+
+    The result of `work` is a line for the person. For a single label, a failure is raised.
+    """
+    waiting = iter(labels)
     statuses: dict[str, int] = {}
     unexpected: list[BaseException] = []
 
+    def report(label: str) -> None:
+        line = work(label)
+        if line:
+            ctx.out.note(line)
+
     def run_waiting() -> None:
-        while waiting and not unexpected:
+        for label in waiting:
             try:
-                label = waiting.pop(0)
-            except IndexError:
-                # Another thread has taken the last one.
-                return
-            try:
-                work(label)
+                report(label)
             except KodeError as failure:
                 ctx.out.error(failure)
                 statuses[label] = failure.status
             except BaseException as failure:
                 unexpected.append(failure)
+            if unexpected:
+                break
 
-    threads = [threading.Thread(target=run_waiting, daemon=True) for _ in range(min(WIDTH, len(labels)))]
-    join_all(ctx, threads)
-    if unexpected:
-        raise unexpected[0]
-    failed = [statuses[label] for label in labels if label in statuses]
-    return failed[0] if failed else 0
-
-
-def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
-    """Does `work` for each label, for WIDTH of them at a time, and returns the status of the first failure.
-
-    The result of `work` is a line for the person.
-    """
-    def report(label: str) -> None:
-        line = work(label)
-        if line:
-            ctx.out.note(line)
     if len(labels) == 1:
         report(labels[0])
         return 0
-    return in_threads(ctx, labels, report)
+    join_all(ctx, [threading.Thread(target=run_waiting, daemon=True) for _ in labels[:WIDTH]])
+    if unexpected:
+        raise unexpected[0]
+    return next((statuses[label] for label in labels if label in statuses), 0)
 
 
-# -- ssh in the foreground
+def each_locked(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+    """Does `work` for each label while its lock is held, and shows its result after the label."""
+    def locked(label: str) -> str:
+        with ctx.manager.holding(label):
+            return f"{label} {work(label)}"
+    return each(ctx, labels, locked)
 
 
 def exec_ssh(argv: Sequence[str]) -> NoReturn:
@@ -5870,26 +5519,12 @@ def exec_ssh(argv: Sequence[str]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def terminal_attributes() -> Iterator[None]:
-    """Restores the attributes of the terminal on stdin at the end."""
-    if not sys.stdin.isatty():
-        yield
-        return
+def lent_terminal() -> Iterator[list[int]]:
+    """Leaves Ctrl-C and Ctrl-\\ to a child, and yields them. Restores the attributes of the terminal at the end."""
     import termios
 
-    before = termios.tcgetattr(0)
-    try:
-        yield
-    finally:
-        # The terminal may be gone.
-        with contextlib.suppress(termios.error):
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
-
-
-@contextlib.contextmanager
-def ignored_keys() -> Iterator[list[int]]:
-    """Leaves Ctrl-C and Ctrl-\\ to a child in the foreground. Yields a list of the signals that arrive meanwhile."""
     pressed: list[int] = []
+    attributes = termios.tcgetattr(0) if sys.stdin.isatty() else None
     numbers = (signal.SIGINT, signal.SIGQUIT)
     before = {number: signal.signal(number, lambda number, _: pressed.append(number)) for number in numbers}
     try:
@@ -5897,6 +5532,10 @@ def ignored_keys() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        # The terminal may be gone.
+        with contextlib.suppress(termios.error):
+            if attributes:
+                termios.tcsetattr(0, termios.TCSADRAIN, attributes)
 
 
 def end_child(child: subprocess.Popen[bytes]) -> None:
@@ -5909,13 +5548,9 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
 
 
 def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
-    """Runs ssh as a child in the terminal's foreground, and returns its status as a shell does.
-
-    A signal that ends this program ends the child first. `stdin`, `stdout`: handles instead of the standard ones.
-    Raises KodeError if there is no ssh.
-    """
+    """Runs ssh as a child in the foreground, and returns its status as a shell does. Raises KodeError."""
     child = None
-    with terminal_attributes(), ignored_keys() as pressed:
+    with lent_terminal() as pressed:
         try:
             # A child that was just started and has no name here yet could not be ended.
             with ctx.interrupts.held():
@@ -5924,6 +5559,7 @@ def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, 
         except FileNotFoundError:
             raise KodeError(f"{argv[0]} is not on PATH", "Install OpenSSH on PATH.") from None
         except BaseException:
+            # Such as a signal that ends this program.
             if child:
                 end_child(child)
             raise
@@ -5933,23 +5569,19 @@ def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, 
     return code if code >= 0 else 128 - code
 
 
-def guest_command(rest: Sequence[str] | None) -> list[str]:
-    """The words after `--` as ssh takes them: one word is a command line for the guest's shell, several are quoted."""
+def session(ctx: Context, vm: VM, address: str, rest: Sequence[str] | None) -> list[str]:
+    """The ssh command for a shell, or for the words after `--`. One word is a command line; several are quoted."""
     words = list(rest or [])
-    return words if len(words) < 2 else [shlex.join(words)]
-
-
-def connect(ctx: Context, vm: VM, address: str, rest: Sequence[str] | None) -> NoReturn:
-    """Replaces this process with an ssh session."""
-    argv = ctx.manager.ssh.argv(vm, address, guest_command(rest))
+    if len(words) > 1:
+        words = [shlex.join(words)]
     ctx.out.end_step()
-    exec_ssh(argv)
+    return ctx.manager.ssh.argv(vm, address, words)
 
 
-# -- start
+DETACH_EXCLUDES_COMMAND = "--detach and a command exclude each other"
 
 
-def start_then_run(labels: Sequence[str], rest: Sequence[str]) -> str:
+def start_then_run(labels: Sequence[str], rest: Sequence[str] | None) -> str:
     """The hint for somebody who wants to start machines and run a command in them."""
     hint = f"Start first: {command_line(['start', '-d', *labels])}"
     for label in labels:
@@ -5957,43 +5589,33 @@ def start_then_run(labels: Sequence[str], rest: Sequence[str]) -> str:
     return hint
 
 
-def detach_with_command(labels: Sequence[str], rest: Sequence[str]) -> UsageError:
-    """The error for --detach with a command."""
-    return UsageError("--detach and a command exclude each other", start_then_run(labels, rest))
-
-
-def start_options(opts: Arguments) -> StartOptions:
+def start_options(opts: Arguments, labels: Sequence[str]) -> StartOptions:
     """The options of `start`. Raises UsageError for those that exclude each other."""
-    if opts.rm and opts.detach:
-        raise UsageError("--rm and --detach exclude each other: --rm deletes the machine when its session ends",
-                         f"To keep the machine: {command_line(['start', '-d', *opts.labels])}")
-    if opts.rm and opts.fresh:
-        raise UsageError("--rm and --fresh exclude each other: --rm is only for a machine that this command creates",
-                         f"To delete the old machine first: {command_line(['delete', '--force', *opts.labels])}")
-    if opts.detach and opts.rest is not None:
-        raise detach_with_command(opts.labels, opts.rest)
+    detached = command_line(["start", "-d", *labels])
+    several = len(labels) > 1
+    conflicts = (
+        (opts.rm and opts.detach,
+         "--rm and --detach exclude each other: --rm deletes the machine when its session ends",
+         f"To keep the machine: {detached}"),
+        (opts.rm and opts.fresh,
+         "--rm and --fresh exclude each other: --rm is only for a machine that this command creates",
+         f"To delete the old machine first: {command_line(['delete', '--force', *labels])}"),
+        (opts.detach and opts.rest is not None, DETACH_EXCLUDES_COMMAND, start_then_run(labels, opts.rest)),
+        (several and opts.rest is not None, "a command runs in one machine at a time",
+         start_then_run(labels, opts.rest)),
+        (several and not opts.detach, "several labels need --detach", detached),
+        (several and (opts.fresh or opts.repin) and not opts.yes,
+         "several labels with --fresh or --repin need -y: one terminal cannot answer for all at once",
+         "Add -y, or run the command for one label at a time."))
+    for is_conflict, message, hint in conflicts:
+        if is_conflict:
+            raise UsageError(message, hint)
     return StartOptions(base=opts.base, cpus=opts.cpus, memory=opts.memory, timeout=opts.timeout, only_new=opts.rm,
                         bare=opts.bare, commands=tuple(command_words()))
 
 
-def check_several(labels: Sequence[str], opts: Arguments) -> None:
-    """Raises UsageError if the options do not permit several labels."""
-    if len(labels) < 2:
-        return
-    if opts.rest is not None:
-        raise UsageError("a command runs in one machine at a time", start_then_run(labels, opts.rest))
-    if not opts.detach:
-        raise UsageError("several labels need --detach", command_line(["start", "-d", *labels]))
-    if (opts.fresh or opts.repin) and not opts.yes:
-        raise UsageError("several labels with --fresh or --repin need -y: one terminal cannot answer for all at once",
-                         "Add -y, or run the command for one label at a time.")
-
-
 def delete_existing(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> bool:
-    """--fresh: deletes the machine of that label, after checking that a new one can be made.
-
-    Returns whether there was one. Raises KodeError if the person says no.
-    """
+    """--fresh: deletes the machine of that label, if a new one can be made. Returns whether there was one."""
     manager, out = ctx.manager, ctx.out
     fleet = manager.fleet()
     machine = fleet.get(label)
@@ -6009,10 +5631,7 @@ def delete_existing(ctx: Context, label: str, options: StartOptions, opts: Argum
 
 
 def repin(ctx: Context, vm: VM, opts: Arguments) -> None:
-    """--repin: reads the host keys through the guest agent, which no network can forge, shows them, and asks.
-
-    Raises KodeError.
-    """
+    """--repin: reads the host keys through the guest agent, which no network can forge, shows them, and asks."""
     manager, out = ctx.manager, ctx.out
     identity = manager.read_identity(vm, needed=True)
     if not identity or not identity.host_keys:
@@ -6057,15 +5676,6 @@ RUN_SCRIPT = ('file=$(mktemp "$HOME/.first-boot.XXXXXX") && cat > "$file" && chm
               'cd && "$file"; code=$?; rm -f "$file"; exit "$code"')
 
 
-def first_boot_failed(vm: VM, path: str, code: int) -> KodeError:
-    """The error for a first_boot script that ended with a status other than 0."""
-    hint = (f"The machine is kept. To run the script again: kodemachine {vm.label}; to look inside: "
-            f"kodemachine ssh {vm.label}; to start without it: kodemachine config unset first_boot")
-    if vm.record.is_temporary:
-        hint = f"Fix {path} and run the command again."
-    return KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}", hint)
-
-
 def run_first_boot(ctx: Context, vm: VM, address: str) -> None:
     """Runs the first_boot script in a new machine, as the user, over ssh. Its output goes to stderr.
 
@@ -6082,26 +5692,35 @@ def run_first_boot(ctx: Context, vm: VM, address: str) -> None:
     if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
         raise Interrupted(code - 128)
     if code:
-        raise first_boot_failed(vm, path, code)
+        hint = (f"The machine is kept. To run the script again: kodemachine {vm.label}; to look inside: "
+                f"kodemachine ssh {vm.label}; to start without it: kodemachine config unset first_boot")
+        if vm.record.is_temporary:
+            hint = f"Fix {path} and run the command again."
+        raise KodeError(f"first_boot failed in {vm.name}: {path} ended with exit status {code}", hint)
     vm.remember(first_boot="done")
 
 
-def start_several(ctx: Context, labels: Sequence[str], prepare: Prepare) -> int:
-    """Prepares several machines at the same time. first_boot has the terminal, so it runs in one after the other."""
+def start_detached(ctx: Context, labels: Sequence[str], prepare: Callable[[str], tuple[VM, str]]) -> int:
+    """Prepares machines at the same time, runs first_boot where it is due, and prints the addresses.
+
+    first_boot has the terminal, so several machines run it one after the other.
+    """
+    several = len(labels) > 1
     due: dict[str, tuple[VM, str]] = {}
     started: list[str] = []
 
     def report(label: str, address: str) -> None:
         started.append(label)
-        ctx.out.result(f"{label} {address}")
+        ctx.out.result(f"{label} {address}" if several else address)
 
     def start(label: str) -> str:
         with ctx.manager.holding(label):
             vm, address = prepare(label)
-        if due_script(ctx, vm):
-            due[label] = vm, address
-        else:
-            report(label, address)
+            if several and due_script(ctx, vm):
+                due[label] = vm, address
+                return ""
+            run_first_boot(ctx, vm, address)
+        report(label, address)
         return ""
 
     status = each(ctx, labels, start)
@@ -6109,26 +5728,16 @@ def start_several(ctx: Context, labels: Sequence[str], prepare: Prepare) -> int:
         vm, address = due[label]
         try:
             with ctx.manager.holding(label):
+                vm.reread()
                 run_first_boot(ctx, vm, address)
             report(label, address)
         except KodeError as failure:
             ctx.out.error(failure)
             status = status or failure.status
     if started:
-        ctx.out.ready(f"ready: {', '.join(started)}; to connect: kodemachine ssh {started[0]}")
+        names = f"ready: {', '.join(started)}" if several else f"{started[0]} is ready"
+        ctx.out.ready(f"{names}; to connect: kodemachine ssh {started[0]}")
     return status
-
-
-def start_detached(ctx: Context, labels: Sequence[str], prepare: Prepare) -> int:
-    """Prepares machines, runs first_boot where it is due, and prints their addresses."""
-    if len(labels) > 1:
-        return start_several(ctx, labels, prepare)
-    with ctx.manager.holding(labels[0]):
-        vm, address = prepare(labels[0])
-        run_first_boot(ctx, vm, address)
-    ctx.out.result(address)
-    ctx.out.ready(f"{labels[0]} is ready; to connect: kodemachine ssh {labels[0]}")
-    return 0
 
 
 def delete_temporary(ctx: Context, vm: VM, label: str) -> None:
@@ -6159,9 +5768,7 @@ def run_temporary(ctx: Context, label: str, options: StartOptions, opts: Argumen
             stack.callback(delete_temporary, ctx, vm, label)
             address = manager.start(vm, options, call)
             run_first_boot(ctx, vm, address)
-        argv = manager.ssh.argv(vm, address, guest_command(opts.rest))
-        ctx.out.end_step()
-        return run_foreground(ctx, argv)
+        return run_foreground(ctx, session(ctx, vm, address, opts.rest))
 
 
 @command("start", LABELS,
@@ -6176,11 +5783,8 @@ def run_temporary(ctx: Context, label: str, options: StartOptions, opts: Argumen
          examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
 def cmd_start(ctx: Context, opts: Arguments) -> int:
     """clone if missing, start, and connect by ssh, or run the command after --"""
-    if opts.bare and len(opts.labels) > 1:
-        raise unknown_command(opts.labels[0], opts.labels[1:])
     labels = chosen(ctx, opts)
-    options = start_options(opts)
-    check_several(labels, opts)
+    options = start_options(opts, labels)
     if opts.rm:
         return run_temporary(ctx, labels[0], options, opts)
 
@@ -6191,10 +5795,7 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     with ctx.manager.holding(labels[0]):
         vm, address = prepare(labels[0])
         run_first_boot(ctx, vm, address)
-        connect(ctx, vm, address, opts.rest)
-
-
-Prepare = Callable[[str], tuple[VM, str]]
+        exec_ssh(session(ctx, vm, address, opts.rest))
 
 
 @command("ssh", LABEL_ARG, START_TIMEOUT,
@@ -6206,16 +5807,7 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     with ctx.manager.holding(label):
         vm, call = ctx.manager.find_or_clone(label, options)
         address = ctx.manager.start(vm, options, call)
-        connect(ctx, vm, address, opts.rest)
-
-
-def standard_input(vm: VM) -> bytes:
-    """All of standard input. Raises UsageError if it is over EXEC_INPUT bytes."""
-    data = sys.stdin.buffer.read(EXEC_INPUT + 1)
-    if len(data) > EXEC_INPUT:
-        raise UsageError(f"--input takes at most {size_text(EXEC_INPUT)}",
-                         f"Copy the file first: kodemachine cp FILE {vm.label}:")
-    return data
+        exec_ssh(session(ctx, vm, address, opts.rest))
 
 
 @command("exec", LABEL_ARG, option("--input", action="store_true", help="pass standard input to the command"),
@@ -6231,10 +5823,11 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
         if not is_utf8(word):
             raise UsageError(f"{printable(word)} is not UTF-8, and would be changed on its way into the guest",
                              "Copy the file with kodemachine cp, and name it with a pattern.")
-    vm = ctx.manager.find(ctx.manager.label(opts.label))
-    if vm.power is not Power.STARTED:
-        raise WrongState(f"{vm.name} is {vm.power.word}", f"Start it: kodemachine start -d {vm.label}")
-    data = standard_input(vm) if opts.input else b""
+    vm = running_vm(ctx, opts.label)
+    data = sys.stdin.buffer.read(EXEC_INPUT + 1) if opts.input else b""
+    if len(data) > EXEC_INPUT:
+        raise UsageError(f"--input takes at most {size_text(EXEC_INPUT)}",
+                         f"Copy the file first: kodemachine cp FILE {vm.label}:")
     code, out, err = vm.run(opts.rest, data)
     ctx.out.raw(out, err)
     return code
@@ -6264,8 +5857,7 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     for label in dict.fromkeys(labels):
         # Without this, scp would report a machine that is missing or off in its own, unclear words.
         with manager.holding(label):
-            _, _, is_known = manager.running(label)
-        pinned = pinned and is_known
+            pinned &= manager.running(label)[2]
     ctx.out.end_step()
     options = {**manager.ssh.name_options(pinned), **manager.ssh.keep_alive(prefix + labels[0])}
     recursive = ["-r"] if opts.recursive else []
@@ -6275,14 +5867,6 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
 # The words for each way in which a console session ends.
 CONSOLE_ENDS = {"escape": "left", "closed": "the machine closed the line", "timeout": "the time limit has passed",
                 "reader": "the reader has gone"}
-
-
-def open_log(path: str | None) -> int | None:
-    """Opens the file of --log to append to it. Raises KodeError."""
-    if path is None:
-        return None
-    with explained(path, "Name another file with --log."):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
 def greet_person(ctx: Context, vm: VM, escape: bytes) -> None:
@@ -6300,7 +5884,10 @@ def greet_person(ctx: Context, vm: VM, escape: bytes) -> None:
 
 def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
     """Relays until the session ends, and says why it ended. The terminal is then as it was before."""
-    log = open_log(opts.log)
+    log = None
+    if opts.log is not None:
+        with explained(opts.log, "Name another file with --log."):
+            log = os.open(opts.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     is_person = sys.stdin.isatty()
     if is_person:
         greet_person(ctx, vm, escape)
@@ -6330,10 +5917,7 @@ def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments)
 def cmd_attach(ctx: Context, opts: Arguments) -> int:
     """connect to the serial console, for when the network fails"""
     escape = escape_byte(opts.escape)
-    vm = ctx.manager.find(ctx.manager.label(opts.label))
-    if vm.power is not Power.STARTED:
-        raise WrongState(f"{vm.name} is {vm.power.word}; only a running machine has a console",
-                         f"Start it: kodemachine start -d {vm.label}")
+    vm = running_vm(ctx, opts.label, "; only a running machine has a console")
     port = vm.serial_port(opts.index)
     name = "serial-" + re.sub(r"[^A-Za-z0-9.]+", "-", port)
     with ctx.manager.state.lock(name, 0.0, wait=False, what=f"the console of {vm.name}"):
@@ -6342,9 +5926,6 @@ def cmd_attach(ctx: Context, opts: Arguments) -> int:
             return run_console(ctx, vm, line, escape, opts)
         finally:
             os.close(line)
-
-
-# -- list, status, ip, doctor
 
 
 def shown_name(machine: Machine) -> str:
@@ -6363,10 +5944,7 @@ def first_step(fleet: Fleet) -> str:
 
 
 def inventory(manager: Manager, machines: Sequence[Machine]) -> dict[str, Any]:
-    """An Ansible inventory of clones, in groups by status.
-
-    Everything is inside one group: beside other inventories, its variables do not reach their hosts.
-    """
+    """An Ansible inventory of clones, by status. Its variables are in one group, so they reach no other hosts."""
     # Ansible shares its connections itself.
     options = {key: value for key, value in manager.ssh.name_options().items() if not key.startswith("Control")}
     # A shared connection to a machine that is off by now would hang, and the next play with it.
@@ -6385,24 +5963,23 @@ def status_text(ctx: Context, machine: Machine) -> str:
     return machine.power.word + mark
 
 
-def one_line(text: str) -> str:
-    """A text for one line of a terminal."""
-    return printable(text).replace("\n", " ")
+def fitted_table(ctx: Context, header: Sequence[str], rows: Sequence[Sequence[str]], expendable: Sequence[str]) -> str:
+    """A table at most as wide as the terminal. Cells without a heading are left out."""
+    rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    return table(header, rows, ctx.out.width, expendable)
 
 
 def machine_table(ctx: Context, machines: Sequence[Machine], facts: Sequence[Facts], *, sizes: bool) -> str:
-    """The table of `list`, at most as wide as the terminal."""
+    """The table of `list` and `purge`."""
     header = ["LABEL", "STATUS", "IP", "IMAGE", "AGE"]
     if sizes:
         header += ["MEMORY", "SIZE", "RECLAIM"]
-    lines = []
+    rows = []
     for machine, fact in zip(machines, facts):
         age = age_text(age_of(machine.record.created))
-        line = [shown_name(machine), status_text(ctx, machine), fact.ip or "-", fact.image or "-", age]
-        if sizes:
-            line += [size_text(fact.memory), size_text(fact.size), size_text(fact.reclaimable)]
-        lines.append([one_line(cell) for cell in line])
-    return table(header, lines, ctx.out.width, ("MEMORY", "SIZE", "AGE", "RECLAIM", "IMAGE", "IP"))
+        rows.append([shown_name(machine), status_text(ctx, machine), fact.ip or "-", fact.image or "-", age,
+                     size_text(fact.memory), size_text(fact.size), size_text(fact.reclaimable)])
+    return fitted_table(ctx, header, rows, ("MEMORY", "SIZE", "AGE", "RECLAIM", "IMAGE", "IP"))
 
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), SIZE, JSON,
@@ -6436,34 +6013,28 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-SIZE_KEYS = ("memory", "size", "reclaimable")
-
-
-def show_facts(ctx: Context, opts: Arguments, facts: dict[str, Any], shown: dict[str, Any]) -> None:
-    """Prints `facts` with --json, otherwise `shown`."""
-    if opts.as_json:
-        ctx.out.json(facts)
-        return
-    for key, value in shown.items():
-        if isinstance(value, list):
-            value = ", ".join(value)
-        elif isinstance(value, dict):
-            value = ", ".join(f"{number} {word}" for word, number in value.items()) or "none"
-        ctx.out.result(f"{key + ':':12} {value or '-'}")
-
-
-def machine_facts(ctx: Context, machine: Machine, *, sizes: bool) -> dict[str, Any]:
-    """The facts of one machine, with all its addresses."""
+def machine_facts(ctx: Context, opts: Arguments) -> dict[str, Any]:
+    """The facts of one machine, with all its addresses; without --json as texts for a person."""
+    machine = ctx.manager.fleet(partial=True).find(ctx.manager.label(opts.label))
     addresses = []
     if machine.power is Power.STARTED:
         addresses = ctx.manager.vm(machine).addresses()
-    facts = ctx.manager.describe([machine], ip=False, sizes=sizes)[0]._asdict()
+    facts = ctx.manager.describe([machine], ip=False, sizes=opts.size)[0]._asdict()
     facts["ip"] = addresses[0] if addresses else None
     facts["addresses"] = addresses
+    if opts.as_json:
+        return facts
+    facts["status"] = status_text(ctx, machine)
+    facts["addresses"] = ", ".join(addresses)
+    for key in ("memory", "size", "reclaimable"):
+        if opts.size:
+            facts[key] = size_text(facts[key])
+        else:
+            del facts[key]
     return facts
 
 
-def installation_facts(ctx: Context) -> dict[str, Any]:
+def installation_facts(ctx: Context, opts: Arguments) -> dict[str, Any]:
     """The versions, the image for new clones, the number of machines in each state, and the paths."""
     manager = ctx.manager
     fleet = manager.fleet(partial=True)
@@ -6473,9 +6044,10 @@ def installation_facts(ctx: Context) -> dict[str, Any]:
         image = fleet.image(None).name
     except KodeError as failure:
         ctx.out.warn(failure.message)
-    machines: dict[str, int] = {}
-    for machine in fleet.clones:
-        machines[machine.power.word] = machines.get(machine.power.word, 0) + 1
+    powers = [machine.power.word for machine in fleet.clones]
+    machines: Any = {word: powers.count(word) for word in powers}
+    if not opts.as_json:
+        machines = ", ".join(f"{number} {word}" for word, number in machines.items()) or "none"
     return {
         "version": __version__,
         "utm": reply.out.strip() if reply.outcome is Outcome.DONE else None,
@@ -6491,20 +6063,12 @@ def installation_facts(ctx: Context) -> dict[str, Any]:
          aliases=["info"], examples=["status", "status project-alpha"])
 def cmd_status(ctx: Context, opts: Arguments) -> int:
     """show one machine in full, or the installation at a glance"""
-    if not opts.label:
-        facts = installation_facts(ctx)
-        show_facts(ctx, opts, facts, facts)
+    facts = machine_facts(ctx, opts) if opts.label else installation_facts(ctx, opts)
+    if opts.as_json:
+        ctx.out.json(facts)
         return 0
-    label = ctx.manager.label(opts.label)
-    machine = ctx.manager.fleet(partial=True).find(label)
-    facts = machine_facts(ctx, machine, sizes=opts.size)
-    shown = {**facts, "status": status_text(ctx, machine)}
-    for key in SIZE_KEYS:
-        if opts.size:
-            shown[key] = size_text(facts[key])
-        else:
-            del shown[key]
-    show_facts(ctx, opts, facts, shown)
+    for key, value in facts.items():
+        ctx.out.result(f"{key + ':':12} {value or '-'}")
     return 0
 
 
@@ -6513,11 +6077,7 @@ def cmd_status(ctx: Context, opts: Arguments) -> int:
          examples=["ip project-alpha", "ip project-alpha --wait 60"])
 def cmd_ip(ctx: Context, opts: Arguments) -> int:
     """print the address that answers, alone on stdout"""
-    vm = ctx.manager.find(ctx.manager.label(opts.label))
-    is_off = vm.power in (Power.STOPPED, Power.PAUSED)
-    if is_off or (vm.power is not Power.STARTED and not opts.wait):
-        raise WrongState(f"{vm.name} is {vm.power.word} and has no address",
-                         f"Start it: kodemachine start -d {vm.label}")
+    vm = running_vm(ctx, opts.label, " and has no address", soon=bool(opts.wait))
     if opts.all:
         ctx.out.result("\n".join(vm.wait_for_addresses(opts.wait or 0.0)))
         return 0
@@ -6536,35 +6096,27 @@ def all_findings(ctx: Context) -> Iterator[Finding]:
     yield from Doctor(ctx.manager).findings()
 
 
-def show_finding(ctx: Context, finding: Finding) -> None:
-    """Prints one finding, and its remedy on a second line."""
-    signs = {OK: "ok", WARNING: "! ", ERROR: "x ", SKIPPED: "- "}
-    if ctx.out.fits("\u2713\u2717"):
-        signs = {OK: "\u2713", WARNING: "!", ERROR: "\u2717", SKIPPED: "-"}
-    begin = f"{signs[finding.level]} {finding.check:{CHECK_WIDTH}} "
-    text = begin + finding.message
-    if finding.remedy:
-        text += "\n" + " " * len(begin) + finding.remedy
-    ctx.out.result(text)
-
-
 @command("doctor", JSON, examples=["doctor"])
 def cmd_doctor(ctx: Context, opts: Arguments) -> int:
     """check the host, UTM, the image and the machines; each finding has a remedy"""
+    signs = {OK: "ok", WARNING: "! ", ERROR: "x ", SKIPPED: "- "}
+    if ctx.out.fits("\u2713\u2717"):
+        signs = {OK: "\u2713", WARNING: "!", ERROR: "\u2717", SKIPPED: "-"}
     findings = []
     for finding in all_findings(ctx):
         findings.append(finding)
-        if not opts.as_json:
-            show_finding(ctx, finding)
+        if opts.as_json:
+            continue
+        begin = f"{signs[finding.level]} {finding.check:{CHECK_WIDTH}} "
+        ctx.out.result(begin + finding.message)
+        if finding.remedy:
+            ctx.out.result(" " * len(begin) + finding.remedy)
     if opts.as_json:
         ctx.out.json([finding._asdict() for finding in findings])
     levels = [finding.level for finding in findings]
     problems = [counted(levels.count(level), level) for level in (ERROR, WARNING) if level in levels]
     ctx.out.note(", ".join(problems) or "no problems found")
     return 1 if ERROR in levels else 0
-
-
-# -- stop, keep, delete
 
 
 @command("stop", LABELS, ALL, STOP_TIMEOUT,
@@ -6579,7 +6131,7 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
 
     def stop(label: str) -> str:
         return ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)
-    return each(ctx, labels, under_lock(ctx, stop))
+    return each_locked(ctx, labels, stop)
 
 
 @command("restart", LABELS, STOP_TIMEOUT, examples=["restart project-alpha"])
@@ -6602,14 +6154,14 @@ def cmd_restart(ctx: Context, opts: Arguments) -> int:
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     """pause in memory"""
     labels = chosen(ctx, opts, lambda machine: machine.power is Power.STARTED)
-    return each(ctx, labels, under_lock(ctx, ctx.manager.suspend))
+    return each_locked(ctx, labels, ctx.manager.suspend)
 
 
 @command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
     """continue a suspended machine"""
     labels = chosen(ctx, opts, lambda machine: machine.power is Power.PAUSED)
-    return each(ctx, labels, under_lock(ctx, ctx.manager.resume))
+    return each_locked(ctx, labels, ctx.manager.resume)
 
 
 @command("clone", LABEL_ARG, option("new", help="the label of the copy"),
@@ -6634,80 +6186,61 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
     def delete(label: str) -> str:
         freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force, measure=True)
         return "deleted" if freed is None else f"deleted, freed {size_text(freed)}"
-    return each(ctx, chosen(ctx, opts), under_lock(ctx, delete))
+    return each_locked(ctx, chosen(ctx, opts), delete)
 
 
-def check_purge_options(opts: Arguments) -> None:
-    """Raises UsageError for options that exclude each other."""
-    if opts.all and opts.stopped:
-        raise UsageError("either --stopped or --all, not both", "See: kodemachine help purge")
-    if opts.as_json and not opts.dry_run:
-        raise UsageError("--json is only for --dry-run", "kodemachine purge --dry-run --json")
+# What `purge` does with a machine. Any other text is the reason why one that matches is skipped.
+PURGED, RUNNING, UNKNOWN, OTHER = "purged", "running", "unknown", "other"
 
 
-def purged_image(fleet: Fleet, wanted: str | None) -> str | None:
-    """The name of the image in --image: a whole name that a clone comes from, or else a version or any name."""
-    if wanted is None or wanted in {machine.record.image for machine in fleet.clones}:
-        return wanted
-    return whole_name(wanted)
-
-
-def matches_filters(machine: Machine, older_than: float | None, image: str | None) -> bool | None:
-    """Whether a machine passes the filters of `purge`; None if its age or image is needed and not known."""
+def purge_verdict(ctx: Context, opts: Arguments, fleet: Fleet, machine: Machine, image: str | None) -> str:
+    """PURGED, RUNNING, UNKNOWN (it may match the filters or not), OTHER (it does not match), or a problem."""
+    power, origin = machine.power, machine.record.image
     age = age_of(machine.record.created)
-    if older_than is not None and age is None:
-        return None
-    if image is not None and not machine.record.image:
-        return None
-    if older_than is not None and age is not None and age < older_than:
-        return False
-    return image is None or image == machine.record.image
-
-
-def purge_problem(fleet: Fleet, machine: Machine, *, everything: bool) -> str:
-    """The reason why a machine that matches cannot be deleted by `purge`; empty if there is none."""
+    if opts.older_than is not None and age is None:
+        return UNKNOWN
+    if image is not None and not origin:
+        return UNKNOWN
+    if opts.older_than is not None and age is not None and age < opts.older_than:
+        return OTHER
+    if image is not None and image != origin:
+        return OTHER
     if len(fleet.named(machine.name)) > 1:
         return f"its UUID is {machine.uuid}, and another machine has the same name"
-    is_steady = machine.power in (Power.STOPPED, Power.STARTED, Power.PAUSED)
-    if machine.power is Power.UNKNOWN or (everything and not is_steady):
-        return f"it is {machine.power.word}"
-    return ""
-
-
-def may_purge(ctx: Context, machine: Machine, *, everything: bool) -> bool:
-    """Whether `purge` deletes a machine in its state: a stopped one, or also others of --all and of a dead --rm."""
-    if machine.power is Power.STOPPED:
-        return True
-    if machine.power not in (Power.STARTED, Power.PAUSED):
-        return False
-    return everything or ctx.manager.is_orphan(machine)
+    if power is Power.STOPPED:
+        return PURGED
+    if power in (Power.STARTED, Power.PAUSED):
+        may_stop = opts.all or ctx.manager.is_orphan(machine)
+        return PURGED if may_stop else RUNNING
+    if power is Power.UNKNOWN or opts.all:
+        return f"it is {power.word}"
+    return RUNNING
 
 
 def select_for_purge(ctx: Context, opts: Arguments) -> tuple[list[Machine], int]:
     """The machines to delete, and the exit status so far: not 0 if one that matches had to be skipped."""
     fleet = ctx.manager.fleet()
-    image = purged_image(fleet, opts.image)
-    machines = []
-    unknown = running = status = 0
+    # A whole name that a clone comes from, or else a version or any name.
+    image, images = opts.image, {machine.record.image for machine in fleet.clones}
+    if image is not None and image not in images:
+        image = whole_name(image)
+    found: dict[str, list[Machine]] = {PURGED: [], RUNNING: [], UNKNOWN: [], OTHER: []}
+    status = 0
     for machine in fleet.clones:
-        matches = matches_filters(machine, opts.older_than, image)
-        problem = purge_problem(fleet, machine, everything=opts.all)
-        if matches is None:
-            unknown += 1
-        elif matches and problem:
-            ctx.out.note(f"skipped {machine.name}: {problem}")
+        verdict = purge_verdict(ctx, opts, fleet, machine, image)
+        if verdict in found:
+            found[verdict].append(machine)
+        else:
+            ctx.out.note(f"skipped {machine.name}: {verdict}")
             status = WrongState.status
-        elif matches and may_purge(ctx, machine, everything=opts.all):
-            machines.append(machine)
-        elif matches:
-            running += 1
-    if image is not None and image not in {machine.record.image for machine in fleet.clones}:
+    if image is not None and image not in images:
         ctx.out.note(f"no machine is known to be cloned from {opts.image}")
-    if running and not machines:
-        ctx.out.note(f"skipped {counted(running, 'machine')}: running or paused (--all deletes those too)")
-    if unknown:
-        ctx.out.note(f"skipped {counted(unknown, 'machine')} of unknown age or image")
-    return machines, status
+    if found[RUNNING] and not found[PURGED]:
+        running = counted(len(found[RUNNING]), "machine")
+        ctx.out.note(f"skipped {running}: running or paused (--all deletes those too)")
+    if found[UNKNOWN]:
+        ctx.out.note(f"skipped {counted(len(found[UNKNOWN]), 'machine')} of unknown age or image")
+    return found[PURGED], status
 
 
 def show_purge(ctx: Context, opts: Arguments, machines: Sequence[Machine], facts: Sequence[Facts]) -> bool:
@@ -6730,46 +6263,36 @@ def purge_one(ctx: Context, shown: Machine, *, everything: bool) -> str:
     """Deletes one machine, if it is still the one that was shown. Returns a line for the person."""
     manager, label = ctx.manager, str(shown.label)
     try:
-        machine = manager.fleet(partial=True).find(label)
+        with manager.holding(label, wait=False):
+            machine = manager.fleet(partial=True).find(label)
+            if machine.uuid != shown.uuid:
+                return f"skipped {label}: it is another machine now"
+            force = everything or manager.is_orphan(machine)
+            if machine.power is not Power.STOPPED and not force:
+                return f"skipped {label}: it is {machine.power.word} now"
+            manager.delete(manager.vm(machine), force=force)
     except NotFound:
         return f"{label} is already gone"
-    if machine.uuid != shown.uuid:
-        return f"skipped {label}: it is another machine now"
-    force = everything or manager.is_orphan(machine)
-    if machine.power is not Power.STOPPED and not force:
-        return f"skipped {label}: it is {machine.power.word} now"
-    manager.delete(manager.vm(machine), force=force)
+    except Busy as failure:
+        return f"skipped {label}: {failure.message}"
     return f"{label} deleted"
 
 
-def report_freed_space(ctx: Context, before: int | None, expected: int) -> None:
-    """Reports the bytes that the volume gained, with the likely reason if they are fewer than expected."""
-    after = free_space(ctx.manager.documents)
-    if before is None or after is None:
-        return
-    gained = max(0, after - before)
-    ctx.out.note(f"the volume gained {size_text(gained)}")
-    if gained < expected * 0.9 and sys.platform == "darwin":
-        ctx.out.note("Less than expected: local snapshots may still hold the blocks (tmutil listlocalsnapshots /).")
-
-
 def delete_shown(ctx: Context, opts: Arguments, machines: Sequence[Machine], facts: Sequence[Facts]) -> int:
-    """Deletes machines that were shown, and reports the freed space. Returns the status of the first failure."""
+    """Deletes machines that were shown, and reports the space gained. Returns the status of the first failure."""
     manager = ctx.manager
     shown = {str(machine.label): machine for machine in machines}
     before = free_space(manager.documents)
-
-    def purge(label: str) -> str:
-        try:
-            with manager.holding(label, wait=False):
-                return purge_one(ctx, shown[label], everything=opts.all)
-        except Busy as failure:
-            return f"skipped {label}: {failure.message}"
-
-    status = each(ctx, list(shown), purge)
+    status = each(ctx, list(shown), lambda label: purge_one(ctx, shown[label], everything=opts.all))
     remaining = {machine.uuid for machine in manager.fleet().machines}
     deleted = [fact.reclaimable for fact in facts if fact.reclaimable and fact.uuid not in remaining]
-    report_freed_space(ctx, before, sum(deleted))
+    after = free_space(manager.documents)
+    if before is not None and after is not None:
+        gained = max(0, after - before)
+        ctx.out.note(f"the volume gained {size_text(gained)}")
+        if gained < sum(deleted) * 0.9 and sys.platform == "darwin":
+            ctx.out.note("Less than expected: local snapshots may still hold the blocks "
+                         "(tmutil listlocalsnapshots /).")
     return status
 
 
@@ -6782,7 +6305,10 @@ def delete_shown(ctx: Context, opts: Arguments, machines: Sequence[Machine], fac
          examples=["purge --dry-run", "purge --older-than 7d", "purge --all --image kodeimage-v0.1.0"])
 def cmd_purge(ctx: Context, opts: Arguments) -> int:
     """delete many machines, after showing them and the space that this frees"""
-    check_purge_options(opts)
+    if opts.all and opts.stopped:
+        raise UsageError("either --stopped or --all, not both", "See: kodemachine help purge")
+    if opts.as_json and not opts.dry_run:
+        raise UsageError("--json is only for --dry-run", "kodemachine purge --dry-run --json")
     machines, status = select_for_purge(ctx, opts)
     if not opts.dry_run:
         ctx.manager.forget_missing()
@@ -6798,31 +6324,13 @@ def cmd_purge(ctx: Context, opts: Arguments) -> int:
     return status
 
 
-# -- base: golden images
-
-
-def image_table(ctx: Context, images: Sequence[dict[str, Any]], *, sizes: bool) -> str:
-    """The table of `base list`, at most as wide as the terminal. A star marks the image for new machines."""
-    header = ["", "IMAGE", "STATUS", "CLONES"]
-    if sizes:
-        header.append("SIZE")
-    lines = []
-    for image in images:
-        mark = "*" if image["configured"] else ""
-        line = [mark, one_line(image["name"]), image["status"], str(image["clones"])]
-        if sizes:
-            line.append(size_text(image["size"]))
-        lines.append(line)
-    return table(header, lines, ctx.out.width, ("SIZE", "CLONES"))
-
-
 @command("base list", SIZE, JSON, aliases=["ls"], examples=["base list"])
 def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     """list the images, the one for new machines, and the number of clones of each"""
     manager, out = ctx.manager, ctx.out
     fleet = manager.fleet(partial=True)
     origins = [machine.record.image_uuid for machine in fleet.clones]
-    images = []
+    images: list[dict[str, Any]] = []
     for fact in manager.describe(fleet.images, ip=False, sizes=opts.size):
         images.append({"name": fact.name, "uuid": fact.uuid, "status": fact.status, "size": fact.size,
                        "configured": fact.name == fleet.default_image, "clones": origins.count(fact.uuid)})
@@ -6831,10 +6339,18 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
         return 0
     if fleet.default_image and not fleet.named(fleet.default_image):
         out.warn(f"base_image is {fleet.default_image}, which does not exist")
-    if images:
-        out.result(image_table(ctx, images, sizes=opts.size))
-    else:
+    if not images:
         out.note("no images yet; to create one: kodemachine base create v0.1.0")
+        return 0
+    header = ["", "IMAGE", "STATUS", "CLONES"]
+    if opts.size:
+        header.append("SIZE")
+    rows = []
+    for image in images:
+        # It marks the image for new machines.
+        star = "*" if image["configured"] else ""
+        rows.append([star, image["name"], image["status"], str(image["clones"]), size_text(image["size"])])
+    out.result(fitted_table(ctx, header, rows, ("SIZE", "CLONES")))
     return 0
 
 
@@ -6852,14 +6368,6 @@ def cmd_base_use(ctx: Context, opts: Arguments) -> int:
 def step_table(steps: Sequence[Step]) -> str:
     """The steps of a seal, one per line."""
     return table(("STEP", "", ""), [[step.name, step.status, step.detail] for step in steps], None)
-
-
-def may_become_root(ctx: Context, sealer: Sealer, steps: Sequence[Step], opts: Arguments) -> bool:
-    """Asks whether the user may use sudo without a password, if they cannot already and a person is there."""
-    needs_password = any(step.name == "sudo" and step.status == "warn" for step in steps)
-    if not needs_password or opts.yes or not ctx.out.can_ask:
-        return False
-    return ctx.out.confirm(f"May {sealer.user} become root without a password?", "sudo")
 
 
 def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
@@ -6880,7 +6388,11 @@ def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
         if was_off:
             sealer.power_off()
         raise KodeError("nothing was changed")
-    applied = sealer.apply(sudo=may_become_root(ctx, sealer, steps, opts))
+    needs_password = any(step.name == "sudo" and step.status == "warn" for step in steps)
+    sudo = False
+    if needs_password and not opts.yes and out.can_ask:
+        sudo = out.confirm(f"May {sealer.user} become root without a password?", "sudo")
+    applied = sealer.apply(sudo=sudo)
     out.note(step_table([step for step in applied if step.status != "ok"]))
     return True
 
@@ -6920,11 +6432,6 @@ def xdg_folder(variable: str, default: str) -> str:
     return os.path.join(base, "kodemachine")
 
 
-def cache_folder() -> str:
-    """The folder of downloaded images, which may be deleted at any time."""
-    return xdg_folder("XDG_CACHE_HOME", "~/.cache")
-
-
 def use_if_only(ctx: Context, vm: VM) -> bool:
     """Configures an image if it is the only one and none is configured. Returns whether new machines come from it."""
     with ctx.manager.fleet_lock():
@@ -6952,7 +6459,7 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     user = user_name(opts.user or settings.ssh_user)
     key = public_key(settings.identity_file)
     plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user, key)
-    creator = Creator(ctx.manager, cache_folder(), plan)
+    creator = Creator(ctx.manager, xdg_folder("XDG_CACHE_HOME", "~/.cache"), plan)
     vm = creator.create()
     is_default = use_if_only(ctx, vm)
     creator.done(vm)
@@ -6965,65 +6472,21 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
-# -- configuration and other tools
+KNOWN_KEYS = "Keys: " + ", ".join(SETTINGS)
 
 
-def show_config_path(ctx: Context, opts: Arguments) -> None:
-    """config path"""
-    if opts.key is not None:
-        raise UsageError("config path takes no other words", "kodemachine config path")
-    ctx.out.result(ctx.config.path)
-
-
-def known_keys() -> str:
-    """The hint with the keys of the configuration."""
-    return "Keys: " + ", ".join(SETTINGS)
-
-
-def set_config(ctx: Context, opts: Arguments) -> None:
-    """config set KEY VALUE"""
-    if opts.key is None or opts.value is None:
-        raise UsageError("config set needs a key and a value", known_keys())
-    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
-        if opts.value:
-            ctx.config.set(opts.key, opts.value)
-        else:
-            ctx.config.unset(opts.key)
-    if opts.key in PATHS and opts.value and not os.path.exists(os.path.expanduser(opts.value)):
-        ctx.out.warn(f"{opts.key}: {opts.value} does not exist yet")
-
-
-def unset_config(ctx: Context, opts: Arguments) -> None:
-    """config unset KEY"""
-    if opts.key is None or opts.value is not None:
-        raise UsageError("config unset needs one key", known_keys())
-    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
-        ctx.config.unset(opts.key)
-
-
-def setting_text(value: object) -> str:
-    """A value of the configuration for a person; empty if it is unset."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def show_config(ctx: Context, opts: Arguments) -> None:
-    """config, or config get KEY"""
-    if opts.value is not None:
-        raise UsageError("config get takes one key and no value",
-                         f"To set it: {command_line(['config', 'set', opts.key, opts.value])}")
+def show_settings(ctx: Context, key: str | None, *, as_json: bool) -> None:
+    """Shows the value of one key, or all keys with their values."""
     values = ctx.manager.settings._asdict()
-    if opts.key is not None and opts.key not in values:
-        raise UsageError(f"unknown key {opts.key!r}", known_keys())
-    shown = values if opts.key is None else values[opts.key]
-    if opts.as_json:
-        ctx.out.json(shown)
-    elif opts.key is None:
-        for key, value in values.items():
-            ctx.out.result(f"{key} = {setting_text(value)}")
-    else:
-        ctx.out.result(setting_text(shown))
+    if key is not None and key not in values:
+        raise UsageError(f"unknown key {key!r}", KNOWN_KEYS)
+    if as_json:
+        ctx.out.json(values if key is None else values[key])
+        return
+    shown = values if key is None else {key: values[key]}
+    for name, value in shown.items():
+        text = "" if value is None else str(value)
+        ctx.out.result(f"{name} = {text}" if key is None else text)
 
 
 @command("config", option("action", nargs="?", choices=["get", "set", "unset", "path"], help="get, set, unset or path"),
@@ -7031,34 +6494,30 @@ def show_config(ctx: Context, opts: Arguments) -> None:
          examples=["config", "config get base_image", "config set ssh_user me", "config unset ssh_user"])
 def cmd_config(ctx: Context, opts: Arguments) -> int:
     """show or change the configuration"""
-    actions = {"path": show_config_path, "set": set_config, "unset": unset_config, "get": show_config}
-    actions[opts.action or "get"](ctx, opts)
+    action, key, value = opts.action or "get", opts.key, opts.value
+    set_it = command_line(["config", "set", str(key), str(value)])
+    mistakes = {"path": (key is not None, "config path takes no other words", "kodemachine config path"),
+                "set": (value is None, "config set needs a key and a value", KNOWN_KEYS),
+                "unset": (key is None or value is not None, "config unset needs one key", KNOWN_KEYS),
+                "get": (value is not None, "config get takes one key and no value", f"To set it: {set_it}")}
+    is_mistake, message, hint = mistakes[action]
+    if is_mistake:
+        raise UsageError(message, hint)
+    if action == "path":
+        ctx.out.result(ctx.config.path)
+        return 0
+    if action == "get":
+        show_settings(ctx, key, as_json=opts.as_json)
+        return 0
+    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
+        # An empty value unsets it too.
+        if value:
+            ctx.config.set(key, value)
+        else:
+            ctx.config.unset(key)
+    if key in PATHS and value and not os.path.exists(os.path.expanduser(value)):
+        ctx.out.warn(f"{key}: {value} does not exist yet")
     return 0
-
-
-def write_own_stanza(path: str, stanza: str) -> None:
-    """Writes the stanza to kodemachine's own file. Raises KodeError if the file is somebody else's."""
-    with explained(path):
-        existing = read_text(path, "surrogateescape")
-    if existing and " proxy %h" not in existing:
-        raise KodeError(f"{path} is not kodemachine's file and is not replaced",
-                        "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
-    write_file(path, stanza)
-
-
-def include_in(ctx: Context, path: str, before: str, include: str) -> bool:
-    """Puts the Include line at the head of the person's file, and keeps a copy of the file.
-
-    A file that cannot be written is a warning with the line to add. Returns whether the line was added.
-    """
-    try:
-        if before:
-            write_file(path + ".before-kodemachine", before)
-        write_file(os.path.realpath(path), f"{include}\n\n{before}")
-    except KodeError as failure:
-        ctx.out.warn(f"{failure.message}. Add this line before the first Host line of {path}: {include}")
-        return False
-    return True
 
 
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
@@ -7077,10 +6536,21 @@ def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     theirs = os.path.expanduser("~/.ssh/config")
     with explained(theirs, "To show the lines and paste them: kodemachine ssh-config"):
         before = read_text(theirs, "surrogateescape") or ""
-    write_own_stanza(ours, stanza)
+    with explained(ours):
+        existing = read_text(ours, "surrogateescape")
+    if existing and " proxy %h" not in existing:
+        raise KodeError(f"{ours} is not kodemachine's file and is not replaced",
+                        "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
+    write_file(ours, stanza)
     include = f'Include "{ours}"'
-    if include not in before.splitlines() and not include_in(ctx, theirs, before, include):
-        return 0
+    if include not in before.splitlines():
+        try:
+            if before:
+                write_file(theirs + ".before-kodemachine", before)
+            write_file(os.path.realpath(theirs), f"{include}\n\n{before}")
+        except KodeError as failure:
+            ctx.out.warn(f"{failure.message}. Add this line before the first Host line of {theirs}: {include}")
+            return 0
     ctx.out.note(f"ssh {prefix}LABEL works now ({ours}, included in ~/.ssh/config)")
     return 0
 
@@ -7155,7 +6625,7 @@ kodemachine project-alpha -- make      run one command there
 kodemachine list                       the machines and their addresses
 kodemachine stop project-alpha         shut it down
 kodemachine purge                      delete the stopped machines"""
-# The headings of the help, and the commands below them. Others appear at the end.
+# The headings of the help, and the commands below them.
 TOPICS = {"work in a machine": "start ssh exec cp attach", "show": "list status ip doctor",
           "turn off, keep, delete": "stop restart suspend resume clone delete purge",
           "images, settings, other tools": "base config ssh-config completion help"}
@@ -7167,36 +6637,17 @@ GLOBAL_OPTIONS = (
     option("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress"),
     option("--config", metavar="FILE", default=argparse.SUPPRESS, help="another configuration file"))
 HELP_OPTIONS = ("-h", "--help")
-
-
-def summary(entry: Command) -> str:
-    """The help of a command in one line."""
-    return (entry.run.__doc__ or "").splitlines()[0]
+TEXT_OPTIONS = (*HELP_OPTIONS, "--version")
+GLOBAL_NAMES = {name for names, _ in GLOBAL_OPTIONS for name in names}
 
 
 def overview() -> str:
     """The commands by topic."""
-    texts = {}
-    for name, entry in COMMANDS.items():
-        word = name.partition(" ")[0]
-        if not entry.hidden:
-            texts[word] = GROUPS.get(word) or summary(entry)
-    placed = " ".join(TOPICS.values()).split()
-    others = " ".join(word for word in texts if word not in placed)
     paragraphs = []
-    for topic, words in {**TOPICS, "more": others}.items():
-        lines = [f"  {word:11} {texts[word]}" for word in words.split() if word in texts]
-        if lines:
-            paragraphs.append("\n".join([topic + ":", *lines]))
+    for topic, words in TOPICS.items():
+        lines = [f"  {word:11} {GROUPS.get(word) or COMMANDS[word].summary}" for word in words.split()]
+        paragraphs.append("\n".join([topic + ":", *lines]))
     return "\n\n".join(paragraphs)
-
-
-# -- the words of a command line
-
-
-def takes_value(how: dict[str, Any]) -> bool:
-    """Whether an option, with these keywords of argparse, is followed by a value."""
-    return not str(how.get("action", "")).startswith("store_")
 
 
 def options_with_value() -> set[str]:
@@ -7204,18 +6655,21 @@ def options_with_value() -> set[str]:
     found: set[str] = set()
     for options in (GLOBAL_OPTIONS, *(entry.options for entry in COMMANDS.values())):
         for names, how in options:
-            if names[0].startswith("-") and takes_value(how):
+            if names[0].startswith("-") and not str(how.get("action", "")).startswith("store_"):
                 found.update(names)
     return found
 
 
-def first_operand(words: Sequence[str]) -> int:
-    """The position of the first word that is not an option or its value: a command or a label."""
+def leading_options(words: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """The options before the first command or label, each with its value, and the words from that one."""
     with_value = options_with_value()
-    at = 0
-    while at < len(words) and words[at].startswith("-") and words[at] != "-":
-        at += 2 if words[at] in with_value else 1
-    return min(at, len(words))
+    options = []
+    others = list(words)
+    while others and others[0].startswith("-") and others[0] != "-":
+        length = 2 if others[0] in with_value else 1
+        options.append(others[:length])
+        others = others[length:]
+    return options, others
 
 
 def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
@@ -7228,38 +6682,12 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str] | None
     if "--" in words:
         dashes = words.index("--")
         words, rest = words[:dashes], words[dashes + 1:]
-    at = first_operand(words)
-    if at == len(words) or not {*HELP_OPTIONS, "--version"}.isdisjoint(words[:at]):
+    options, others = leading_options(words)
+    known = {name.partition(" ")[0] for name in SPELLINGS}
+    if not others or others[0] in known or any(option[0] in TEXT_OPTIONS for option in options):
         return words, rest, False
-    known = {name.partition(" ")[0] for name in spellings()}
-    if words[at] in known:
-        return words, rest, False
-    words.insert(at, "start")
+    words.insert(len(words) - len(others), "start")
     return words, rest, True
-
-
-def command_at(words: Sequence[str]) -> tuple[str, int]:
-    """The command at the beginning of `words`, as the table names it, and its number of words; "" and 0 without one."""
-    known = spellings()
-    for length in (2, 1):
-        name = known.get(" ".join(words[:length]))
-        if name and len(words) >= length:
-            return name, length
-    return "", 0
-
-
-def separate_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Options with their values: those that every command accepts, and all others."""
-    with_value = options_with_value()
-    common = {name for names, _ in GLOBAL_OPTIONS for name in names}
-    found: tuple[list[str], list[str]] = ([], [])
-    at = 0
-    while at < len(words):
-        length = 2 if words[at] in with_value else 1
-        is_common = words[at].partition("=")[0] in common
-        found[0 if is_common else 1].extend(words[at:at + length])
-        at += length
-    return found
 
 
 def unknown_option(name: str, word: str) -> UsageError:
@@ -7270,27 +6698,33 @@ def unknown_option(name: str, word: str) -> UsageError:
 
 def check_order(words: Sequence[str], rest: Sequence[str] | None) -> None:
     """Raises UsageError for an option of a command that comes before the command."""
-    if not {*HELP_OPTIONS, "--version"}.isdisjoint(words):
-        return
-    at = first_operand(words)
-    common, misplaced = separate_options(words[:at])
-    if not misplaced:
+    options, others = leading_options(words)
+    common: list[str] = []
+    misplaced: list[str] = []
+    for option in options:
+        is_common = option[0].partition("=")[0] in GLOBAL_NAMES
+        (common if is_common else misplaced).extend(option)
+    if not misplaced or any(option[0] in TEXT_OPTIONS for option in options):
         return
     typed = misplaced[0].partition("=")[0]
-    name, length = command_at(words[at:])
+    name = SPELLINGS.get(" ".join(others[:2])) or SPELLINGS.get(" ".join(others[:1]), "")
     if not name or not any(typed in names for names, _ in COMMANDS[name].options):
         raise unknown_option(name, typed)
+    length = len(name.split())
     if rest is not None and typed in ("-d", "--detach"):
-        raise detach_with_command([word for word in words[at + length:] if not word.startswith("-")], rest)
-    meant = [*common, *words[at:at + length], *misplaced, *words[at + length:]]
+        labels = [word for word in others[length:] if not word.startswith("-")]
+        raise UsageError(DETACH_EXCLUDES_COMMAND, start_then_run(labels, rest))
+    meant = [*common, *others[:length], *misplaced, *others[length:]]
     raise UsageError(f"{typed} goes after the command", command_line(meant, rest))
-
-
-# -- argparse
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the program's own errors: one line and a hint."""
+
+    def __init__(self, **form: Any) -> None:
+        """Later options replace earlier ones of the same name: `list -q` has its own meaning."""
+        super().__init__(allow_abbrev=False, conflict_handler="resolve",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **form)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
@@ -7299,47 +6733,33 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"See: {' '.join([program, 'help', *words])}")
 
 
-PARSER_FORM: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-
-
-def add_global_options(parser: Parser, own: Sequence[Option]) -> None:
-    """Lets a command accept the global options, without a mention in its help, unless it has one of its own."""
-    taken = {name for names, _ in own for name in names}
+def add_parser(commands: Any, word: str, text: str, options: Sequence[Option], **form: Any) -> Parser:
+    """Adds the parser of a command or group, which accepts the global options too, without a mention in its help."""
+    parser: Parser = commands.add_parser(word, help=text, description=text, **form)
     for names, how in GLOBAL_OPTIONS:
-        if taken.isdisjoint(names):
-            parser.add_argument(*names, **{**how, "help": argparse.SUPPRESS})
+        parser.add_argument(*names, **{**how, "help": argparse.SUPPRESS})
+    for names, how in options:
+        parser.add_argument(*names, **how)
+    return parser
 
 
 def add_group(commands: Any, group: str) -> Any:
     """Adds a group of commands. Without one of them, it shows its help. Returns the place for its commands."""
-    parser = commands.add_parser(group, help=GROUPS[group], description=GROUPS[group], **PARSER_FORM)
-    add_global_options(parser, [])
+    parser = add_parser(commands, group, GROUPS[group], ())
     parser.set_defaults(run=COMMANDS["help"].run, topic=[group], name=group)
     return parser.add_subparsers(metavar="command", parser_class=Parser)
 
 
-def add_command(commands: Any, name: str) -> Parser:
+def add_command(commands: Any, name: str, *, wants_help: bool) -> None:
     """Adds the parser of one command, from the table."""
     entry = COMMANDS[name]
-    text = summary(entry)
-    form = dict(PARSER_FORM)
-    if not entry.hidden:
-        form["help"] = text
-    if entry.examples:
-        form["epilog"] = "\n  kodemachine ".join(["examples:", *entry.examples])
-    word = name.rpartition(" ")[2]
-    parser: Parser = commands.add_parser(word, aliases=list(entry.aliases), description=text, **form)
-    for names, how in entry.options:
-        parser.add_argument(*names, **how)
-    add_global_options(parser, entry.options)
+    examples = "\n  kodemachine ".join(["examples:", *entry.examples])
+    parser = add_parser(commands, name.rpartition(" ")[2], entry.summary, entry.options,
+                        aliases=list(entry.aliases), epilog=examples)
     parser.set_defaults(run=entry.run, name=name)
-    return parser
-
-
-def mention_rest(parser: Parser, name: str) -> None:
-    """Adds the command after `--` to the usage of a command."""
-    usage = parser.format_usage().partition(" ")[2].rstrip()
-    parser.usage = f"{usage} -- command ..." if name == "exec" else f"{usage} [-- command ...]"
+    if wants_help and name in TAKES_REST:
+        usage = parser.format_usage().partition(" ")[2].rstrip()
+        parser.usage = f"{usage} -- command ..." if name == "exec" else f"{usage} [-- command ...]"
 
 
 def build_parser(words: Sequence[str] = HELP_OPTIONS) -> Parser:
@@ -7347,7 +6767,7 @@ def build_parser(words: Sequence[str] = HELP_OPTIONS) -> Parser:
 
     It has only the commands that are among `words`, because each costs time; all of them if `words` ask for help.
     """
-    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE, **PARSER_FORM)
+    parser = Parser(prog="kodemachine", usage=USAGE, description=TITLE)
     for names, how in GLOBAL_OPTIONS:
         parser.add_argument(*names, **how)
     parser.add_argument("--version", action="version", version=f"kodemachine {__version__}")
@@ -7358,43 +6778,76 @@ def build_parser(words: Sequence[str] = HELP_OPTIONS) -> Parser:
     wants_help = not set(HELP_OPTIONS).isdisjoint(words)
     if wants_help:
         parser.epilog = f"{overview()}\n\n{EPILOG}"
-    groups: dict[str, Any] = {}
-    for name, entry in COMMANDS.items():
-        group, _, _ = name.rpartition(" ")
-        first_words = {name.partition(" ")[0], *([] if group else entry.aliases)}
-        if not wants_help and first_words.isdisjoint(words):
-            continue
-        if group and group not in groups:
-            groups[group] = add_group(commands, group)
-        added = add_command(groups[group] if group else commands, name)
-        if wants_help and name in TAKES_REST:
-            mention_rest(added, name)
+    wanted = {name for spelling, name in SPELLINGS.items() if wants_help or spelling.partition(" ")[0] in words}
+    groups: dict[str, Any] = {"": commands}
+    for name in COMMANDS:
+        group = name.rpartition(" ")[0]
+        if name in wanted:
+            if group not in groups:
+                groups[group] = add_group(commands, group)
+            add_command(groups[group], name, wants_help=wants_help)
     return parser
 
 
-def take_late_operands(opts: Arguments, unknown: list[str]) -> None:
-    """Adds labels and paths that come after an option, where argparse does not expect them, to the others."""
-    if any(word.startswith("-") for word in unknown):
-        return
-    for name in ("labels", "paths"):
-        if hasattr(opts, name):
-            getattr(opts, name).extend(unknown)
-            unknown.clear()
+# Words of tools that share folders.
+SHARING_WORDS = ("mount", "share", "sync", "rsync")
 
 
-def mistyped_with_options(labels: Sequence[str]) -> UsageError:
-    """The error for a word that is not a command, with options that `start` does not take."""
-    word = labels[0]
+def corrected(name: str, operands: Sequence[str]) -> str:
+    """The command line that was probably meant: the command with these operands, or else its help."""
+    words = [name, *operands]
+    instead = f"See: {command_line(['help', name])}"
+    if name.startswith("-"):
+        return command_line([name])
+    if name in ("ssh", "exec") and len(operands) > 1:
+        return command_line(words[:2], operands[1:])
+    if name == "clone" and len(operands) == 1:
+        return command_line([*words, operands[0] + "-2"])
+    # The parser does not know what else these commands need.
+    has_remote = ":" in "".join(operands)
+    lacks_more = {"exec": True, "start": len(operands) > 1, "cp": len(operands) < 2 or not has_remote}
+    if not operands or lacks_more.get(name):
+        return instead
+    try:
+        build_parser(words).parse_args(words)
+    except UsageError:
+        return instead
+    return command_line(words)
+
+
+def no_shared_folders(operands: Sequence[str]) -> UsageError:
+    """The error for an attempt to share a folder with a machine."""
+    copy = command_line(["help", "cp"])
+    if len(operands) == 2 and LABEL.fullmatch(operands[1]):
+        copy = command_line(["cp", "-r", operands[0], operands[1] + ":"])
+    return UsageError("there are no shared folders: no folder of the Mac is in a guest",
+                      f"To copy files: {copy}; for rsync: kodemachine ssh-config --install")
+
+
+def unknown_command(word: str, operands: Sequence[str] = ()) -> UsageError:
+    """The error for a word that is not a command. With operands it may be a label, which must be alone."""
+    if operands and word in SHARING_WORDS:
+        return no_shared_folders(operands)
+    inside = command_line([word], operands)
+    meant = SPELLINGS.get(operands[0]) if operands else None
+    if meant and operands_of(meant) and operands_of(meant)[0][0][0] in ("label", "labels"):
+        return UsageError("the command comes before the label",
+                          f"{corrected(meant, [word, *operands[1:]])}; or, to run it in that machine: {inside}")
     near = near_command(word, command_words())
-    if not near:
+    if near:
+        return UsageError(f"unknown command {word!r}; did you mean {near!r}?", corrected(near, operands))
+    if not operands:
         return UsageError(f"unknown command {word!r}", "See: kodemachine help")
-    return UsageError(f"unknown command {word!r}; did you mean {near!r}?", f"See: {command_line(['help', near])}")
+    hint = f"To run a command in that machine: {inside}"
+    if RESERVED.isdisjoint(operands):
+        hint += f"; to start several: {command_line(['start', '-d', word, *operands])}"
+    return UsageError(f"unknown command {word!r}", hint)
 
 
 def unknown_words(opts: Arguments, words: Sequence[str], unknown: Sequence[str]) -> UsageError:
     """The error for words that the command does not take."""
     if opts.bare and (len(opts.labels) > 1 or near_command(opts.labels[0], command_words())):
-        return mistyped_with_options(opts.labels)
+        return unknown_command(opts.labels[0])
     options = [word for word in unknown if word.startswith("-")]
     if not options and opts.name in TAKES_REST and opts.rest is None:
         before = words[:len(words) - len(unknown)]
@@ -7409,10 +6862,14 @@ def parse(argv: Sequence[str]) -> Arguments:
     check_order(words, rest)
     opts, unknown = build_parser(words).parse_known_args(words)
     opts.rest, opts.bare = rest, bare
-    if unknown:
-        take_late_operands(opts, unknown)
-    if unknown:
+    operands = getattr(opts, "labels", getattr(opts, "paths", None))
+    if operands is not None and not any(word.startswith("-") for word in unknown):
+        # argparse does not expect labels and paths after an option.
+        operands.extend(unknown)
+    elif unknown:
         raise unknown_words(opts, words, unknown)
+    if bare and len(opts.labels) > 1:
+        raise unknown_command(opts.labels[0], opts.labels[1:])
     if opts.verbose and opts.quiet:
         raise UsageError("-v and -q exclude each other", "See: kodemachine help")
     if rest is not None and opts.name not in TAKES_REST:
@@ -7499,53 +6956,41 @@ def options_at(name: str | None) -> list[Option]:
     return options
 
 
-class Place(NamedTuple):
-    """The place on the command line after some words."""
+def place_after(words: Sequence[str]) -> tuple[str | None, Option | None]:
+    """The command before a place, and the argument that comes next. `words`: those before it, without the program.
 
-    # The command, the group whose command comes next, or "" before a command. None: something unknown came.
-    name: str | None
-    # The argument that comes next: a value of an option, or an operand. None: neither.
-    argument: Option | None
-    is_value: bool
-
-
-def next_name(group: str, word: str) -> str | None:
-    """The command or group that a word names, inside a group or at the beginning; None if it is unknown."""
-    name = f"{group} {word}".strip()
-    if name in GROUPS:
-        return name
-    return spellings().get(name)
-
-
-def place_after(words: Sequence[str]) -> Place:
-    """The place after `words`, which begin after the name of the program."""
+    The name is that of a group if its command comes next, "" before a command, and None after something unknown.
+    """
     name: str | None = ""
     operands: list[Option] = []
     value_of: Option | None = None
+    with_value = options_with_value()
     for word in words:
         if value_of:
             value_of = None
+        elif word in with_value:
+            value_of = next((one for one in [*options_at(name), *GLOBAL_OPTIONS] if word in one[0]), None)
         elif word.startswith("-"):
-            value_of = next((one for one in [*options_at(name), *GLOBAL_OPTIONS]
-                             if word in one[0] and one[0] != HELP_OPTIONS and takes_value(one[1])), None)
+            continue
         elif name == "" or name in GROUPS:
-            name = next_name(name or "", word)
+            name = f"{name} {word}".strip()
+            if name not in GROUPS:
+                name = SPELLINGS.get(name)
             operands = operands_of(name) if name in COMMANDS else []
         elif operands and operands[0][1].get("nargs") not in ("*", "+"):
             operands.pop(0)
-    if value_of:
-        return Place(name, value_of, True)
-    return Place(name, operands[0] if operands else None, False)
+    return name, value_of or next(iter(operands), None)
 
 
-def known_commands(before: Sequence[str]) -> dict[str, str]:
-    """The next words of the commands that begin with the words `before`, each with its help."""
+def known_commands(group: str) -> dict[str, str]:
+    """The words of the commands of a group, or with "" the first words of all, each with its help."""
     found = {}
     for name, entry in COMMANDS.items():
-        words = name.split()
-        if not entry.hidden and len(words) > len(before) and words[:len(before)] == list(before):
-            word = words[len(before)]
-            found[word] = GROUPS.get(word) or summary(entry)
+        word, _, second = name.partition(" ")
+        if group and word == group and second:
+            found[second] = entry.summary
+        elif not group and not entry.hidden:
+            found[word] = GROUPS.get(word) or entry.summary
     return found
 
 
@@ -7553,22 +6998,15 @@ def known_commands(before: Sequence[str]) -> dict[str, str]:
 GLANCE = 2.0
 
 
-def glance(ctx: Context) -> Fleet:
-    """The fleet from a single list, without any message. Raises KodeError."""
-    notes = Notes()
-    settings = Config(ctx.config.path, notes).settings()
-    utm = Utmctl(settings.utmctl, ctx.interrupts, notes)
-    try:
-        rows = Rows(utm.list_once(GLANCE))
-    finally:
-        utm.close()
-    return Fleet(rows, State(ctx.manager.state.folder, notes).records(), settings)
-
-
 def known_machines(ctx: Context, ending: str = "", *, images: bool = False) -> dict[str, str]:
     """The labels, each with `ending`, or the images, with their states. Empty if UTM does not answer soon."""
+    # No message may appear on the person's command line.
+    notes = Notes()
     try:
-        fleet = glance(ctx)
+        settings = Config(ctx.config.path, notes).settings()
+        with contextlib.closing(Utmctl(settings.utmctl, ctx.interrupts, notes)) as utm:
+            rows = Rows(utm.list_once(GLANCE))
+        fleet = Fleet(rows, State(ctx.manager.state.folder, notes).records(), settings)
     except KodeError:
         return {}
     if images:
@@ -7576,9 +7014,17 @@ def known_machines(ctx: Context, ending: str = "", *, images: bool = False) -> d
     return {f"{machine.label}{ending}": machine.power.word for machine in fleet.clones}
 
 
-def candidates_for(ctx: Context, argument: Option, words: Sequence[str]) -> dict[str, str]:
-    """The possible values of one argument. Files are left to the shell."""
-    names, how = argument
+def candidates(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
+    """The words that are possible after `words`, where `word` was begun, each with its explanation. Not files."""
+    place, argument = place_after(words)
+    names, how = argument or (("",), {})
+    if word.startswith("-") and not names[0].startswith("-"):
+        return {name: str(how.get("help", "")) for names, how in options_at(place) for name in names}
+    if argument is None and place == "":
+        # A label can be in the place of a command.
+        return {**known_commands(""), **known_machines(ctx)}
+    if argument is None:
+        return known_commands(place) if place in GROUPS else {}
     if "choices" in how:
         return dict.fromkeys(how["choices"], "")
     kind = str(how.get("metavar") or names[0]).lower()
@@ -7588,24 +7034,7 @@ def candidates_for(ctx: Context, argument: Option, words: Sequence[str]) -> dict
         return known_machines(ctx, images=True)
     if kind == "path":
         return known_machines(ctx, ":")
-    if kind == "command":
-        return known_commands(words[1:])
-    return {}
-
-
-def candidates(ctx: Context, words: Sequence[str], word: str) -> dict[str, str]:
-    """The words that are possible after `words`, where `word` was begun, each with its explanation."""
-    place = place_after(words)
-    if word.startswith("-") and not place.is_value:
-        return {name: str(how.get("help", "")) for names, how in options_at(place.name) for name in names}
-    if place.argument:
-        return candidates_for(ctx, place.argument, words)
-    if place.name == "":
-        # A label can be in the place of a command.
-        return {**known_commands([]), **known_machines(ctx)}
-    if place.name in GROUPS:
-        return known_commands([str(place.name)])
-    return {}
+    return known_commands(" ".join(words[1:])) if kind == "command" else {}
 
 
 @command("__complete", hidden=True)
@@ -7625,23 +7054,19 @@ def cmd_complete(ctx: Context, opts: Arguments) -> int:
 def cmd_help(ctx: Context, opts: Arguments) -> int:
     """show this help, or that of one command"""
     topic = " ".join(opts.topic)
-    if topic and topic not in spellings() and topic not in GROUPS:
-        near = near_command(topic, command_words())
-        if near and not near.startswith("-"):
-            raise UsageError(f"unknown command {topic!r}; did you mean {near!r}?", command_line(["help", near]))
-        raise UsageError(f"unknown command {topic!r}", "See: kodemachine help")
+    if topic and topic not in SPELLINGS and topic not in GROUPS:
+        raise unknown_command(topic)
     build_parser().parse_args([*opts.topic, "--help"])
     return 0
 
 
 def show_first_screen(ctx: Context, opts: Arguments) -> int:
     """The output of `kodemachine` alone: the lines that a newcomer needs. It asks nothing of UTM."""
-    lines = [TITLE, ""]
-    for line in EPILOG.splitlines():
-        lines.append(f"  {line}")
-    lines += ["", "To create the first image: kodemachine base create v0.1.0",
-              "To check this Mac and UTM: kodemachine doctor", "All commands: kodemachine help"]
-    ctx.out.result("\n".join(lines))
+    examples = EPILOG.replace("kodemachine ", "  kodemachine ")
+    ctx.out.result(f"{TITLE}\n\n{examples}\n\n"
+                   "To create the first image: kodemachine base create v0.1.0\n"
+                   "To check this Mac and UTM: kodemachine doctor\n"
+                   "All commands: kodemachine help")
     return 0
 # ---- main
 
@@ -7658,17 +7083,16 @@ def config_path(opts: Arguments) -> str:
 
 def settings_for(opts: Arguments, config: Config) -> Settings:
     """The settings, or the defaults for commands that must work with a broken configuration. Raises UsageError."""
-    if opts.name in ("", "base", "help", "completion", "__complete"):
-        return Settings()
-    if opts.name == "config" and opts.action in ("path", "set", "unset"):
+    changes_config = opts.name == "config" and opts.action in ("path", "set", "unset")
+    if changes_config or opts.name in ("", "base", "help", "completion", "__complete"):
         return Settings()
     try:
         return config.settings()
     except UsageError:
         # doctor shows the error as its first finding.
-        if opts.name == "doctor":
-            return Settings()
-        raise
+        if opts.name != "doctor":
+            raise
+        return Settings()
 
 
 def run_command(argv: Sequence[str], out: Terminal, interrupts: Interrupts) -> int:
@@ -7686,10 +7110,8 @@ def run_command(argv: Sequence[str], out: Terminal, interrupts: Interrupts) -> i
     state = State(xdg_folder("XDG_STATE_HOME", "~/.local/state"), out)
     manager = Manager(settings, utm, state, own_words)
     run = opts.run or show_first_screen
-    try:
+    with contextlib.closing(utm):
         return int(run(Context(manager, out, interrupts, config), opts))
-    finally:
-        utm.close()
 
 
 def complete_handles() -> None:
@@ -7705,17 +7127,6 @@ def complete_handles() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
-def exit_status(argv: Sequence[str], out: Terminal, interrupts: Interrupts) -> int:
-    """Runs the command and returns its status. Also help that was printed counts as a command."""
-    try:
-        status = run_command(argv, out, interrupts)
-    except SystemExit as help_or_version:
-        status = int(help_or_version.code or 0)
-    # A reader that has gone, or a full disk, is noticed here and not at exit.
-    out.raw(b"")
-    return status
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs kodemachine and returns its exit status. Only this function turns failures into a status."""
     complete_handles()
@@ -7723,7 +7134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupts.install()
     out = Terminal()
     try:
-        return exit_status(sys.argv[1:] if argv is None else argv, out, interrupts)
+        try:
+            status = run_command(sys.argv[1:] if argv is None else argv, out, interrupts)
+        except SystemExit as help_or_version:
+            status = int(help_or_version.code or 0)
+        # A reader that has gone, or a full disk, is noticed here and not at exit.
+        out.raw(b"")
+        return status
     except KodeError as failure:
         out.error(failure)
         return failure.status
