@@ -32,6 +32,12 @@ behaviour, where a fact is shown from UTM's source:
 """
 from __future__ import annotations
 
+import signal
+
+# Until main() handles signals, Ctrl-C ends the program without a traceback.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import enum
@@ -43,7 +49,6 @@ import re
 import select
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -2064,7 +2069,8 @@ fix_network() {
 find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'cloud-init runs in each clone'; }
 fix_cloud() { : >/etc/cloud/cloud-init.disabled; }
 
-# Only one key is made, because that is quick, unless sshd_config names others.
+# Only one key is made, because that is quick, unless sshd_config names others. If a service of the image's own makes
+# one meanwhile, that one stays.
 unit=/etc/systemd/system/kodemachine-hostkeys.service
 text='[Unit]
 Description=Make the SSH host keys of this machine
@@ -2074,7 +2080,9 @@ Before=ssh.service sshd.service
 Type=oneshot
 ExecStart=/bin/sh -c "grep -rqsi ^HostKey[[:blank:]] /etc/ssh/sshd_config /etc/ssh/sshd_config.d && \
 exec ssh-keygen -A; \
-key=/etc/ssh/ssh_host_ed25519_key; [ -s $$key.pub ] || { rm -f $$key; ssh-keygen -q -t ed25519 -N \"\" -f $$key; }"
+key=/etc/ssh/ssh_host_ed25519_key; [ -s $$key.pub ] && exit; \
+rm -f $$key.new*; ssh-keygen -q -t ed25519 -N \"\" -f $$key.new || exit; \
+[ -s $$key.pub ] || { mv -f $$key.new $$key && mv -f $$key.new.pub $$key.pub; } || exit; rm -f $$key.new*"
 
 [Install]
 WantedBy=multi-user.target'
@@ -2185,6 +2193,12 @@ def parse_addresses(out: str) -> list[str]:
     lines = dict.fromkeys(line.strip() for line in out.splitlines())
     # Each address costs an open file.
     return sorted(filter(is_address, lines), key=address_rank)[:64]
+
+
+def is_clear(addresses: Sequence[str]) -> bool:
+    """Whether the first of these addresses (the likeliest) is the only one of its rank, and not a link-local one."""
+    ranks = [address_rank(address) for address in addresses[:2]]
+    return bool(ranks) and ranks[0] not in ranks[1:] and not re.match(r"169\.254\.|fe80:", addresses[0])
 
 
 # Seconds in which an address must greet as an SSH server, before the connection is tried again.
@@ -2703,11 +2717,13 @@ class VM:
             raise KodeError(f"{self.name} is {self.power.word}: it did not keep running while kodemachine waited",
                             f"To start it again: {self.command('start')}")
 
-    def wait_for_ssh(self, port: int, limit: float, call: Call | None = None, more_time: str = MORE_TIME) -> str:
+    def wait_for_ssh(self, port: int, limit: float, call: Call | None = None, *, prove: bool = True,
+                     more_time: str = MORE_TIME) -> str:
         """Waits until the guest's ssh server greets; returns its address. `call`: a question that has begun already.
 
-        The guest agent is asked for addresses while the known ones are probed. Raises KodeError as soon as the machine
-        is off, TimedOut after `limit` seconds; `more_time` is the hint how to allow for more.
+        The guest agent is asked for addresses while the known ones are probed. Unless `prove`, an only likely address
+        is returned without a probe: sshd refuses for a while whoever often connects without a login. Raises KodeError
+        as soon as the machine is off, TimedOut after `limit` seconds; `more_time` is the hint how to allow for more.
         """
         prober, ask_at = Prober(port), 0.0
         known: list[str] = []
@@ -2729,6 +2745,8 @@ class VM:
                 if reply:
                     call = None
                     known = self._candidates(reply, known)
+                    if not prove and is_clear(known):
+                        return known[0]
                     prober.aim(known)
                     # An address is noticed late by a twentieth of the time that has passed.
                     ask_at = time.monotonic() + min(max(0.2, waited / 20), 1.0)
@@ -3312,6 +3330,10 @@ SESSION_OPTIONS = {"RemoteCommand": "none", "SessionType": "default", "ForkAfter
                    "StdinNull": "no", "ClearAllForwardings": "yes", "PermitLocalCommand": "no"}
 
 
+# The address may not have been probed, and its ssh server may start only now. If nothing answers, ssh ends within 45 s.
+PATIENCE = {"ConnectionAttempts": "4", "ConnectTimeout": "10"}
+
+
 class SshConfig:
     """The options of ssh and scp, so that a session ends in that very machine or not at all."""
 
@@ -3351,7 +3373,7 @@ class SshConfig:
         """The command line of ssh to an address. The guest's login shell joins the words of `command`."""
         options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(self.knows(vm.name)),
                    "ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no",
-                   "Port": str(self._settings.ssh_port), **SESSION_OPTIONS, **self.keep_alive(address)}
+                   "Port": str(self._settings.ssh_port), **SESSION_OPTIONS, **PATIENCE, **self.keep_alive(address)}
         return ["ssh", *as_words(options), "--", address, *command]
 
     def name_options(self, is_known: bool = True) -> dict[str, str]:
@@ -3379,6 +3401,7 @@ class StartOptions(NamedTuple):
     timeout: float | None = None
     only_new: bool = False          # --rm: the machine must not exist yet
     may_clone: bool = True
+    prove: bool = True              # see the ssh server answer, even where only one address is likely
     bare: bool = False              # the label was alone on the command line, where a command may be meant
     commands: tuple[str, ...] = ()  # the names of all commands, for a typo of one
     afterwards: str = CONTINUES     # the hint for a person who interrupts the cloning
@@ -3689,7 +3712,9 @@ class Manager:
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         left = max(1.0, limit - (time.monotonic() - began))
-        address = vm.wait_for_ssh(self.settings.ssh_port, left, call)
+        # A machine that has its identity was reached before.
+        prove = options.prove or not call or not vm.record.is_named
+        address = vm.wait_for_ssh(self.settings.ssh_port, left, call, prove=prove)
         if needs_renewal:
             return self._renew(vm, limit) or address
         # The known-hosts file may have been lost.
@@ -3764,11 +3789,11 @@ class Manager:
         return Identity(host_keys, found.get("machine-id", "")[:64])
 
     def running(self, label: str) -> tuple[VM, str, bool]:
-        """A running machine, the address at which it answers, and whether its host key is known.
+        """A running machine, its likeliest address, and whether its host key is known.
 
         It is neither cloned nor started. Raises NotFound or WrongState. Callers hold the label's lock.
         """
-        options = StartOptions(may_clone=False)
+        options = StartOptions(may_clone=False, prove=False)
         vm, call = self.find_or_clone(label, options)
         if vm.power is not Power.STARTED:
             raise WrongState(f"{vm.name} is {vm.power.word}", f"To start it: kodemachine start -d {label}")
@@ -5418,6 +5443,14 @@ START_TIMEOUT = option("--timeout", type=seconds, metavar="S", help="seconds to 
 STOP_TIMEOUT = option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has to shut down")
 
 
+def report_image(ctx: Context, image: Machine | VM, is_default: bool) -> None:
+    """Says that a new image is ready, and how to use it."""
+    if is_default:
+        ctx.out.note(f"{image.name} is ready; to create a machine from it: kodemachine project-alpha")
+    else:
+        ctx.out.note(f"{image.name} is ready; to use it for new machines: kodemachine base use {image.name}")
+
+
 def chosen(ctx: Context, opts: Arguments, fits: Callable[[Machine], bool] = lambda machine: True) -> list[str]:
     """The labels on the command line, each once; with --all those of the clones that fit. Raises UsageError."""
     see = f"See: kodemachine help {opts.name}"
@@ -5611,7 +5644,7 @@ def start_options(opts: Arguments, labels: Sequence[str]) -> StartOptions:
         if is_conflict:
             raise UsageError(message, hint)
     return StartOptions(base=opts.base, cpus=opts.cpus, memory=opts.memory, timeout=opts.timeout, only_new=opts.rm,
-                        bare=opts.bare, commands=tuple(command_words()))
+                        prove=opts.detach, bare=opts.bare, commands=tuple(command_words()))
 
 
 def delete_existing(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> bool:
@@ -5803,7 +5836,7 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     """start if needed and connect, or run the command after --; never clone"""
     label = ctx.manager.label(opts.label)
-    options = StartOptions(timeout=opts.timeout, may_clone=False)
+    options = StartOptions(timeout=opts.timeout, may_clone=False, prove=False)
     with ctx.manager.holding(label):
         vm, call = ctx.manager.find_or_clone(label, options)
         address = ctx.manager.start(vm, options, call)
@@ -6418,7 +6451,7 @@ def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
                 return 0
             image = images.copy(vm, opts.image) if opts.image else None
     if image:
-        out.note(f"{image.name} is ready; to use it for new machines: kodemachine base use {image.name}")
+        report_image(ctx, image, manager.fleet().default_image == image.name)
     else:
         out.note(f"{vm.name} is sealed and off. Its name makes it an image: rename it in UTM to kodeimage-vX.Y.Z")
     return 0
@@ -6463,10 +6496,7 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     vm = creator.create()
     is_default = use_if_only(ctx, vm)
     creator.done(vm)
-    if is_default:
-        ctx.out.note(f"{vm.name} is ready; to create a machine from it: kodemachine project-alpha")
-    else:
-        ctx.out.note(f"{vm.name} is ready; to use it for new machines: kodemachine base use {vm.name}")
+    report_image(ctx, vm, is_default)
     if opts.user not in (None, settings.ssh_user):
         ctx.out.note(f"Its user is {user}; for ssh: kodemachine config set ssh_user {user}")
     return 0
@@ -6592,7 +6622,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     """for ssh's ProxyCommand: connect to a running machine by name"""
     import socket
 
-    manager = ctx.manager
+    manager, port = ctx.manager, ctx.manager.settings.ssh_port
     label = label_in(opts.name, manager.settings.prefix)
     if label is None:
         raise NotFound(f"{opts.name} is not the name of a machine", "To see the machines: kodemachine list")
@@ -6603,10 +6633,11 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     if not (pinned or opts.learning):
         ctx.out.warn(f"the host key of {vm.name} is not known yet; to learn it: kodemachine ssh {label}")
     try:
-        connection = socket.create_connection((address, manager.settings.ssh_port), timeout=10)
-    except OSError as failure:
-        raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror or failure}",
-                        f"Check its console: kodemachine attach {label}") from None
+        connection = socket.create_connection((address, port), timeout=10)
+    except OSError:
+        # It may be booting.
+        address = vm.wait_for_ssh(port, manager.settings.boot_timeout)
+        connection = socket.create_connection((address, port), timeout=10)
     with connection:
         if stat.S_ISSOCK(os.fstat(1).st_mode):
             pass_socket(connection.fileno())

@@ -509,6 +509,8 @@ class Guest:
         "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
         "getent": 'grep "^$2:" "$ROOT/etc/passwd"',
         "sshd": "",
+        "ip": 'echo "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536"; echo "2: enp0s1: <BROADCAST,UP,LOWER_UP> mtu 1500"',
+        "whoami": 'case $PWD in "$ROOT"/home*) echo you;; *) echo root;; esac',
         "cloud-init": "echo status: done",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
@@ -1683,14 +1685,18 @@ def fake_main(tool: str, folder: str) -> int:
     """The fake program `tool`: Utmctl or Osascript, or the real ssh or scp with the test's configuration."""
     utm, argv = FakeUTM(folder), sys.argv[1:]
     if tool == "scp" and not os.path.exists(utm.path("scp.real")):
-        sys.exit("There is no scp here: for cp it takes a real ssh.")
+        sys.exit("This ssh is an imitation, so cp does not work here. It takes a real ssh.")
     program = Osascript(utm, argv) if tool == "osascript" else Utmctl(utm, argv)
     null = os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev
     stdin = "null" if null else "tty" if os.isatty(0) else "other"
     utm.journal(time=time.time(), tool=tool, argv=argv, verb=program.verb, stdin=stdin)
     if tool in ("ssh", "scp"):
         if not os.path.exists(utm.path(tool + ".real")):
-            imitate_ssh(utm, argv)
+            try:
+                imitate_ssh(utm, argv)
+            except Exit as end:
+                print(end.words, file=sys.stderr)
+                return end.status
         with open(utm.path(tool + ".real"), encoding="utf-8") as file:
             real = file.read()
         os.execv(real, [real, "-F", utm.path("ssh_config"), *argv])
@@ -2365,7 +2371,7 @@ class Case(unittest.TestCase):
     # kodemachine's time limits in tests, in seconds: an event in a test happens at once or never.
     PATIENCE: dict[str, Any] = {
         "WARM_UP": 0.6, "SETTLE": 0.8, "UNCHANGED": 0.4, "ASK_AGAIN": 0.4, "PRESS_AGAIN": 0.6, "FORCE_STAGE": 8.0,
-        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 15.0, "GLANCE": 20.0,
+        "DELETE_SETTLE": 0.6, "LOOK_LIMIT": 10.0, "UNIQUE_LIMIT": 15.0, "GLANCE": 20.0, "DISK_LIMIT": 20.0,
         "LIMITS": {**kodemachine.LIMITS, "status": 6.0, "delete": 10.0},
     }
     # The limits of calls where a fault makes calls hang. Without one, an answer may be slow: the host may be busy.
@@ -3086,6 +3092,8 @@ class PureTest(unittest.TestCase):
             ("status", 1, "Error: something else\n", Verdict.FAILED),
             ("list", 1, missing_app, Verdict.NO_APP),
             ("version", 64, "Error: Unexpected argument 'version'\nUsage: ...\n", Verdict.USAGE),
+            ("list", 64, "", Verdict.FAILED),
+            ("list", 64, "the guest: Error: no such file\n", Verdict.FAILED),
             ("list", -signal.SIGTRAP, "", Verdict.CRASHED),
             ("list", 134, "", Verdict.CRASHED),
             ("osascript", 0, "(-1743)", Verdict.DONE),
@@ -3636,6 +3644,20 @@ class StartTest(Case):
         self.assertEqual(len(self.calls_of("clone")), 1)
         self.assertNotEqual(*(vm["macs"] for vm in self.utm.machines()))
 
+    def test_machine_is_not_started_unless_the_answer_proves_its_configuration(self) -> None:
+        mac = "52:54:00:00:00:09"
+        unchanged: list[dict[str, Any]] = [{"silent": True}, {"stdout": f"km-alpha\n4096\n4\n{mac}\n"}]
+        options: list[list[str]] = [[], ["--cpus", "2"], ["--memory", "2G"]]
+        for words in options:
+            for fault in unchanged:
+                with self.subTest(words=words, **fault):
+                    self.utm.clear_faults()
+                    self.utm.fault("configure", **fault)
+                    err = self.spawn("start", "-d", "alpha", *words, code=1, patience={"UNIQUE_LIMIT": 0.5}).err
+                    self.assertRegex(err, r"km-alpha was not started: .* \(UTM answers done\)")
+            self.utm.change("km-alpha", macs=[mac])     # which is unique; from now on only CPUs and memory differ
+        self.assertEqual(self.calls_of("start"), [])
+
     def test_cpus_and_memory_are_set_only_before_the_first_start(self) -> None:
         self.spawn("start", "-d", "alpha", "--cpus", "2", "--memory", "1.5G")
         vm = self.utm.machine("km-alpha")
@@ -3654,7 +3676,8 @@ class StartTest(Case):
             self.assertEqual(self.read(os.path.join(guest, file)), text)
 
     def test_guest_that_was_not_named_is_named_at_the_next_start(self) -> None:
-        half_proofs = [{"stdout": "hostname=beta\nend=alpha\n"}, {"stdout": "hostname=alpha\n"}]
+        answers = ("hostname=beta\nend=alpha\n", "hostname=alpha\n", "")
+        half_proofs = [{"stdout": f"0 0\n{base64.b64encode(text.encode()).decode()}\n"} for text in answers]
         faults: list[dict[str, Any]] = [{"error": -2700}, {"silent": True}, {"crash": "TRAP"}, *half_proofs]
         for fault in faults:
             self.utm.clear_faults()
@@ -3665,7 +3688,7 @@ class StartTest(Case):
         self.spawn()
         calls = len(self.calls_of("exec"))
         self.spawn()
-        self.assertEqual((calls, len(self.calls_of("exec"))), (6, 6))
+        self.assertEqual((calls, len(self.calls_of("exec"))), (7, 7))
 
 
     def test_late_guest_agent_is_waited_for(self) -> None:
@@ -3830,6 +3853,14 @@ class AddressesTest(Case):
 
     GREETERS = 2
 
+    def test_answer_about_another_machine_is_not_used(self) -> None:
+        first, second = self.utm.app()["addresses"][:2]
+        self.vm("a", "started", ips=[second])
+        self.remember(a={})
+        self.utm.change("km-a", name="renamed by hand")
+        self.vm("a", "started", ips=[first])
+        self.assertEqual(self.spawn("start", "-d", "a").out, first + "\n")
+
     def test_first_address_that_greets_as_ssh_is_used(self) -> None:
         port = self.uses["ssh_port"]
         greeting, polite = self.utm.app()["addresses"][:2]
@@ -3842,6 +3873,24 @@ class AddressesTest(Case):
         self.assertEqual(self.spawn("ip", "alpha").out, greeting + "\n")
         self.utm.change("km-alpha", ips=["127.0.0.5", polite])
         self.assertEqual(self.spawn("ip", "alpha").out, polite + "\n")
+
+    def test_session_gets_the_only_likely_address_without_a_probe(self) -> None:
+        """sshd counts probes; from OpenSSH 9.8 on it then refuses the person for a while."""
+        answers = self.address
+        self.real_tool("ssh", "/usr/bin/true")
+        self.spawn("start", "-d", "alpha")
+        table = (("one address", ["127.0.0.9"], "127.0.0.9"),
+                 ("one likely address", ["fe80::1", "127.0.0.9", "192.168.64.99"], "192.168.64.99"),
+                 ("two equally likely addresses", ["127.0.0.9", answers], answers))
+        for case, ips, chosen in table:
+            with self.subTest(case):
+                self.utm.change("km-alpha", ips=ips)
+                for command in (("alpha", "--", "true"), ("ssh", "alpha")):
+                    self.spawn(*command)
+                    self.assertIn(f"HostName={chosen}", self.utm.calls(tool="ssh")[-1]["argv"])
+        self.utm.change("km-alpha", ips=["127.0.0.9"])
+        result = self.km("start", "-d", "alpha", "--timeout", "1")
+        self.assert_says(result, 6, "its ssh port does not answer at 127.0.0.9")
 
 
 class StartOptionsTest(Case):
@@ -4259,6 +4308,13 @@ class RmTest(Case):
         terminal.send(b"\x03")
         self.assertIn(terminal.wait(), (255, 130))  # it depends on the ssh
         self.assertEqual(self.utm.names(), [IMAGE])
+
+    def test_terminal_is_restored_if_ssh_dies_in_raw_mode(self) -> None:
+        path = os.path.join(self.folder, "dying-ssh")
+        self.real_tool("ssh", self.write(path, "#!/bin/sh\nstty raw -echo\nkill -KILL $$\n", 0o755))
+        terminal = self.km_tty("t", "--rm")
+        self.assertEqual((terminal.wait(), self.utm.names()), (128 + signal.SIGKILL, [IMAGE]))
+        self.assertEqual(terminal.attributes(), terminal.before)
 
     def test_failed_deletion_names_the_command_to_repeat_it(self) -> None:
         self.utm.fault("delete", error=-2700, string="Disk on fire.")
@@ -5274,7 +5330,7 @@ class InventoryTest(Case):
         result = self.run_program(play, env=env)
         for name in ("km-a", "km-b"):
             self.assertIn(f"{name} | CHANGED | rc=0 >>\nhere\n", result.out, result.err)
-        self.assertRegex(result.out, r"km-off \| UNREACHABLE! (?s:.*)Start it: kodemachine start -d off")
+        self.assertRegex(result.out, r"km-off \| UNREACHABLE! (?s:.*)To start it: kodemachine start -d off")
 
     def test_inventory_groups_machines_by_state_and_affects_no_other_hosts(self) -> None:
         self.image()
@@ -6089,6 +6145,16 @@ class CloneTest(Case):
         self.assertNotIn(self.identity("km-beta")[0], old)
         self.assertNotIn("is_copy", self.record("beta"))
 
+    def test_clone_whose_guest_does_not_confirm_its_new_identity_keeps_the_old_one(self) -> None:
+        self.parent()
+        self.spawn("clone", "alpha", "beta")
+        for answer in ("renewed=no\nhostname=beta\nend=beta\n", "hostname=beta\nend=beta\n"):
+            self.utm.clear_faults()
+            self.utm.fault("exec", stdout=f"0 0\n{base64.b64encode(answer.encode()).decode()}\n")
+            self.assertIn("did not name km-beta", self.spawn("start", "-d", "beta").err)
+            self.assertEqual((self.requests("km-beta")[-1], self.record("beta")["is_copy"]), ("exec", True))
+            self.spawn("stop", "beta")
+
     def pinned(self, name: str) -> list[str]:
         """The host keys of that machine in kodemachine's own known-hosts file."""
         text = kodemachine.read_text(os.path.join(self.home, ".local", "state", "kodemachine", "known_hosts")) or ""
@@ -6145,6 +6211,15 @@ class DeleteTest(Case):
             self.utm.fault("delete", vm=self.vm(f"m{-number}"), error=number, times=1)
         result = self.km("delete", "m1712", "m10004")
         self.assertEqual((result.code, self.utm.names(), len(self.asked("delete"))), (0, [IMAGE], 4), result.err)
+
+    def test_machine_renamed_between_two_requests_is_not_deleted(self) -> None:
+        uuid = self.vm("a")
+        self.utm.fault("delete", silent=True, times=1)
+        delete = self.start_km("delete", "a")
+        wait_for(self.utm.met)
+        self.utm.change(uuid, name="precious")
+        self.assert_says(self.ended(delete), 4, "km-a is now named precious and was not deleted")
+        self.assertEqual((self.asked("delete"), self.utm.names()), ([[uuid]], ["precious"]))
 
     def test_late_deletion_is_waited_for_and_not_repeated(self) -> None:
         self.image()
@@ -6418,6 +6493,16 @@ class PurgeTest(Case):
         self.assertEqual(terminal.wait(), 0)
         terminal.expect(rb"skipped a: it is another machine now")
         self.assertEqual((self.asked("delete"), self.utm.machine(late)["name"]), ([], "km-a"))
+
+    def test_purge_skips_a_machine_that_was_started_after_it_was_shown(self) -> None:
+        self.fleet()
+        terminal = self.screen("purge")
+        terminal.expect(rb"Delete 1 machine ")
+        self.utm.change("km-a", status="started")
+        terminal.send(b"y\n")
+        self.assertEqual(terminal.wait(), 0)
+        terminal.expect(rb"skipped a: it is running now")
+        self.assertEqual((self.asked("delete"), self.asked("stop")), ([], []))
 
     def test_by_default_only_stopped_ones_go(self) -> None:
         for flag in ((), ("--stopped",)):
@@ -6843,14 +6928,31 @@ class SealTest(Case):
         status = self.step_statuses(self.seal("alpha", "--check").out)
         self.assertEqual([status[name] for name in ("agent", "ssh", "user", "key", "sudo")], ["ok"] * 5)
 
-    def test_unit_makes_new_host_keys_before_sshd_starts(self) -> None:
-        self.seal()
+    def unit_command(self) -> list[str]:
+        """Starts the sealed machine again. Returns the command line of the service that makes its host keys."""
         unit = self.guest_file("etc/systemd/system/kodemachine-hostkeys.service")
         self.assertRegex(unit, "Before=ssh.service sshd.service\n")
         line = re.search(r"(?ms)^ExecStart=(.*?[^\\])$", unit)
         assert line
         self.utm.change("km-alpha", status="started", up_at=0.0)
-        words = shlex.split(line[1].replace("\\\n", " ").replace("$$", "$").replace(self.root, ""))
+        return shlex.split(line[1].replace("\\\n", " ").replace("$$", "$").replace(self.root, ""))
+
+    def test_unit_keeps_the_host_key_that_another_service_makes_meanwhile(self) -> None:
+        self.seal()
+        words = self.unit_command()
+        program = os.path.join(self.root, "bin/ssh-keygen")
+        key = os.path.join(self.root, "etc/ssh/ssh_host_ed25519_key")
+        real = shutil.which("ssh-keygen")
+        os.unlink(program)
+        self.write(program, f"#!/bin/sh\necho theirs >{key}\necho theirs >{key}.pub\nexec {real} \"$@\"\n", 0o755)
+        result = self.utmctl("exec", "km-alpha", "--cmd", *words)
+        self.assertEqual((result.code, result.err), (0, ""))
+        self.assertEqual(sorted(os.listdir(os.path.dirname(key))).count("ssh_host_ed25519_key.new"), 0)
+        self.assertEqual((read_text(key), read_text(key + ".pub")), ("theirs\n", "theirs\n"))
+
+    def test_unit_makes_new_host_keys_before_sshd_starts(self) -> None:
+        self.seal()
+        words = self.unit_command()
         for _ in range(2):
             result = self.utmctl("exec", "km-alpha", "--cmd", *words)
             self.assertEqual((result.code, result.err), (0, ""))
@@ -7390,12 +7492,26 @@ class CreateTest(Case):
                 with self.utm.fake as utm:
                     utm.remove(utm.vms[1]["uuid"])
 
+    def test_rename_without_effect_is_repeated(self) -> None:
+        self.utm.fault("configure", silent=True, times=1)
+        self.create()
+        self.assert_made()
+        self.assertEqual(len(self.utm.calls("configure", tool="osascript")), 2)
+
     def test_seed_that_utm_does_not_remove_is_an_error(self) -> None:
         for answer in ("2 disk disk\n", "1 disk seed\n"):
             self.utm.fault("detach", stdout=answer)
             self.assert_says(self.create(code=1), 1, "detaching the seed: UTM did not remove the seed from unfinished-",
                              "Check its drives in UTM")
             self.utm.clear_faults()
+        self.create()
+        self.assert_made()
+
+    def test_seed_is_removed_from_a_machine_with_a_custom_icon(self) -> None:
+        self.utm.fault("detach", stdout="2 disk disk\n")
+        self.create(code=1)
+        self.utm.clear_faults()
+        self.utm.change("unfinished-kodeimage-v0.1.0", icon="my-own")
         self.create()
         self.assert_made()
 
@@ -7683,7 +7799,8 @@ class SshConfigTest(Case):
         _, handles, _, _ = socket.recv_fds(ours, 1, 1)
         with socket.socket(fileno=handles[0]) as connection:
             self.assertEqual(connection.recv(4), b"SSH-")
-        self.assertIsNone(proxy.poll())
+        with self.assertRaises(subprocess.TimeoutExpired):
+            proxy.wait(0.5)
         ours.close()
         self.assertEqual(proxy.wait(60), 0)
 
@@ -8570,6 +8687,13 @@ class ExitStatusTest(Case):
         self.assertRegex(result.err, r"\Astopping off\nkodemachine: the system: No locks available\n  .+\n\Z")
         self.assertEqual(result.code, 1)
 
+    def test_ctrl_c_while_the_program_is_loaded_prints_no_traceback(self) -> None:
+        folder = os.path.join(self.folder, "checkout")
+        program = self.write(os.path.join(folder, "kodemachine.py"), read_text(KODEMACHINE))
+        # It is imported instead of Python's, because it is beside the program.
+        self.write(os.path.join(folder, "argparse.py"), "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+        self.assertEqual(self.run_program([sys.executable, program, "list"]), (-signal.SIGINT, "", ""))
+
     def test_signal_in_a_finalizer_is_not_lost(self) -> None:
         patch = (
             "import os, signal, subprocess\n"
@@ -8736,6 +8860,13 @@ class ListOfUtmTest(Case):
         self.utm.change(broken, name="one line")
         self.assertNotIn("cannot be read", self.spawn().err)
 
+    def test_nothing_is_turned_off_if_the_list_forbids_its_deletion(self) -> None:
+        self.utm.add("km-alpha", status="started")
+        self.utm.add("two\nlines")
+        for words in (["delete", "--force", "alpha"], ["start", "-d", "--fresh", "-y", "alpha"]):
+            self.assertIn("does not show whether a machine exists", self.spawn(*words, code=1).err)
+        self.assertEqual((self.states()["km-alpha"], self.asked("stop")), ("started", []))
+
     def test_list_is_read_again_while_utm_is_starting(self) -> None:
         self.utm.add("km-alpha")
         self.utm.fault("list", empty=True, times=2)
@@ -8822,6 +8953,23 @@ class FaultTest(Case):
                 self.spawn("start", "-d", "alpha")
                 self.assert_machines("km-alpha")
                 self.remove("km-alpha")
+
+    def test_old_half_copy_is_called_incomplete_and_no_rename_is_advised(self) -> None:
+        self.utm.fault("clone", partial="half", error=-609, when="after", times=1)
+        self.spawn("start", "-d", "alpha", code=1)
+        path = os.path.join(self.state, "intents", "km-alpha.json")
+        order = json.loads(self.read(path))
+        del order["incomplete"]
+        self.write(path, json.dumps({**order, "time": order["time"] - 3600}))
+        self.assertIn("is an incomplete copy and cannot be used", self.spawn("start", "-d", "alpha", code=1).err)
+
+    def test_image_that_is_an_incomplete_copy_is_not_cloned(self) -> None:
+        half = self.image("kodeimage-v0.3.0")
+        [drive] = self.utm.machine(half)["drives"]
+        self.utm.change(half, drives=[{**drive, "size": 1}])
+        self.write_state("machines.json", json.dumps({half: {"name": "kodeimage-v0.3.0", "copy_of": self.base}}))
+        self.assertIn(f"kodeimage-v0.3.0 ({half}) is an incomplete copy", self.spawn(code=1).err)
+        self.assertEqual(self.calls_of("clone"), [])
 
     def test_copies_are_compared_with_their_originals_before_use(self) -> None:
         self.spawn("start", "-d", "alpha")
@@ -9027,6 +9175,21 @@ class StateTest(unittest.TestCase):
                 with manager.fleet_lock():
                     pass
         self.assertEqual([round(limit) for limit in limits], [150, 1, 1, 150])
+
+    def test_changes_of_records_and_of_host_keys_wait_for_their_lock(self) -> None:
+        changes: list[Callable[[], Any]] = [lambda: self.state.remember(UUID_A, name="km-a"),
+                                            lambda: self.state.pin("km-a", [host_key()])]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool, self.state.lock("records", 1):
+            running = [pool.submit(change) for change in changes]
+            self.assertEqual(concurrent.futures.wait(running, 0.3).done, set())
+        self.assertEqual([future.exception() for future in running], [None, None])
+        self.assertEqual((self.state.records()[UUID_A].name, self.state.pinned("km-a")), ("km-a", [host_key()]))
+
+    def test_file_is_on_the_disk_before_it_replaces_the_old_one(self) -> None:
+        calls = mock.Mock()
+        with mock.patch("os.fsync", calls.fsync), mock.patch("os.replace", calls.replace):
+            kodemachine.write_file(self.state.path("machines.json"), "{}")
+        self.assertEqual([name for name, _, _ in calls.mock_calls], ["fsync", "replace"])
 
     def test_empty_record_is_removed(self) -> None:
         self.assertEqual(self.state.remember(UUID_A, never_started=False), kodemachine.Record())
@@ -9240,6 +9403,13 @@ class CrashTest(Case):
         self.spawn()
         self.assertEqual(self.utm.names(), ["km-alpha", "kodeimage-v0.3.0"])
 
+    def test_machine_listed_before_the_order_is_not_taken_for_its_result(self) -> None:
+        uuid = self.utm.add("km-other")
+        self.cut_off("start", "-d", "alpha")
+        self.utm.change(uuid, name="km-alpha")
+        self.spawn()
+        self.assertNotIn("image", self.record("alpha"))
+
     def test_copy_made_by_hand_later_is_left_to_the_user(self) -> None:
         self.cut_off("start", "-d", "alpha")
         with self.utm.fake as utm:
@@ -9276,6 +9446,15 @@ class CrashTest(Case):
             self.assertRegex(result.err, "an earlier run's call for km-alpha has not ended|unfinished")
         self.assert_machines("km-alpha")
         self.assertEqual(len(self.utm.calls("clone")), 1)
+
+    def test_clone_waits_for_the_call_of_a_killed_run_on_the_same_image(self) -> None:
+        self.utm.fault("clone", delay=2, times=1)
+        process = self.start_km("start", "-d", "alpha")
+        wait_for(self.utm.met)
+        process.kill()
+        process.wait()
+        self.assertIn("waiting until UTM has cloned km-alpha", self.spawn("start", "-d", "beta").err)
+        self.assert_machines("km-alpha", "km-beta")
 
     def test_signal_at_any_step_leaves_no_process_and_the_next_run_succeeds(self) -> None:
         moments: list[tuple[str, dict[str, Any]]] = [
@@ -10288,8 +10467,7 @@ class ReadmeTest(unittest.TestCase):
     ELSEWHERE = ("base create", "base seal", "cp")
 
     STATUS = {"kodemachine project-alpha -- sh -c 'exit 3'": 3,
-              "kodemachine project-alpha -- make test": 127,  # which is not in the fake's guests, nor is ip
-              "kodemachine exec project-alpha -- ip addr": 1}
+              "kodemachine project-alpha -- make test": 127}      # which is not in the fake's guests
 
     def setUp(self) -> None:
         self.text = read_text(os.path.join(HERE, "README.md"))
