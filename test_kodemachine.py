@@ -1907,6 +1907,11 @@ class Utm:
         with self.fake as utm:
             return sum(rule.get("seen", 0) for rule in utm.state["faults"])
 
+    def clones(self) -> bool:
+        """Whether the app has got a request to clone. Before that, the next run would wait for the time limit."""
+        with self.fake as utm:
+            return any(action in ("insert", "rename") for _, action, *_ in utm.state["pending"])
+
     def restart(self) -> None:
         """UTM quits and restarts: all machines are stopped, and saved sessions wait for the next start."""
         with self.fake as utm:
@@ -3496,7 +3501,7 @@ class StartTest(Case):
     def test_machine_of_an_interrupted_rm_is_kept_by_the_next_start(self) -> None:
         self.utm.option(clone_seconds=1.0)
         process = self.start_km("alpha", "--rm")
-        wait_for(lambda: self.utm.calls("clone"))
+        wait_for(self.utm.clones)
         process.send_signal(signal.SIGINT)
         self.assertEqual(self.ended(process).code, 130)
         self.spawn()
@@ -9352,11 +9357,6 @@ class CrashTest(Case):
         intent = json.loads(self.read(path))
         self.write(path, json.dumps({**intent, "time": intent["time"] - 3600}))
 
-    def clone_is_under_way(self) -> bool:
-        """Whether UTM has got the request. Before that, the next run would have to wait for the time limit."""
-        with self.utm.fake as utm:
-            return any(action in ("insert", "rename") for _, action, *_ in utm.state["pending"])
-
     def await_call(self, verb: str, number: int) -> None:
         wait_for(lambda: len(self.calls_of(verb)) >= number)
 
@@ -9372,7 +9372,7 @@ class CrashTest(Case):
             with self.subTest(utmctl_killed_too=too):
                 before = len(self.calls_of("clone"))
                 process = self.start_km("start", "-d", "alpha")
-                wait_for(self.clone_is_under_way)
+                wait_for(self.utm.clones)
                 process.kill()
                 process.wait()
                 if too:
@@ -9469,7 +9469,7 @@ class CrashTest(Case):
                 process = self.start_km("start", "-d", "alpha")
                 self.await_call(verb, before + 1)
                 if verb == "clone":
-                    wait_for(self.clone_is_under_way)
+                    wait_for(self.utm.clones)
                 process.send_signal(number)
                 result = self.ended(process)
                 self.assertEqual((result.code, result.out), (128 + number, ""), result.err)
@@ -9485,7 +9485,7 @@ class CrashTest(Case):
         self.utm.option(clone_seconds=2.0)
         terminal = self.km_tty("start", "-d", "alpha", env={"TERM": "xterm"})
         terminal.expect(b"cloning")
-        wait_for(self.clone_is_under_way)
+        wait_for(self.utm.clones)
         terminal.send(b"\x03")
         self.assertEqual(terminal.wait(), 130)
         terminal.expect(b"UTM is still cloning kodeimage-v0.2.0 to km-alpha; run the same command again to continue")
