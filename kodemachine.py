@@ -2721,15 +2721,14 @@ class VM:
                      more_time: str = MORE_TIME) -> str:
         """Waits until the guest's ssh server greets; returns its address. `call`: a question that has begun already.
 
-        The guest agent is asked for addresses while the known ones are probed. Unless `prove`, an only likely address
-        is returned without a probe: sshd refuses for a while whoever often connects without a login. Raises KodeError
-        as soon as the machine is off, TimedOut after `limit` seconds; `more_time` is the hint how to allow for more.
+        The guest agent is asked while the known addresses are probed. Unless `prove`, an only likely one is returned
+        without a probe, which sshd counts against the person. Raises KodeError as soon as the machine is off, TimedOut
+        after `limit` seconds; `more_time` is the hint how to allow for more.
         """
-        prober, ask_at = Prober(port), 0.0
+        prober, ask_at, has_warned = Prober(port), 0.0, False
         known: list[str] = []
         began = time.monotonic()
-        # A reconnect is silent, unless it takes long.
-        is_silent, has_warned = bool(call), False
+        is_silent = bool(call)          # a reconnect, unless it takes long
         try:
             while time.monotonic() < began + limit:
                 waited = time.monotonic() - began
