@@ -6636,7 +6636,11 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     except OSError:
         # It may be booting.
         address = vm.wait_for_ssh(port, manager.settings.boot_timeout)
-        connection = socket.create_connection((address, port), timeout=10)
+        try:
+            connection = socket.create_connection((address, port), timeout=10)
+        except OSError as failure:
+            raise KodeError(f"{vm.name} does not answer at {address}: {failure.strerror or failure}",
+                            f"Check its console: kodemachine attach {label}") from None
     with connection:
         if stat.S_ISSOCK(os.fstat(1).st_mode):
             pass_socket(connection.fileno())

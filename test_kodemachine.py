@@ -7793,6 +7793,12 @@ class SshConfigTest(Case):
         self.assertEqual(said[:2], (7, "here\n"))
         self.assertNoChildrenLeft()
 
+    def test_proxy_waits_for_an_ssh_server_that_does_not_answer_yet(self) -> None:
+        self.use(boot_timeout=1)
+        self.utm.change("km-a", ips=["127.0.0.9"])
+        result = self.km("proxy", "km-a")
+        self.assert_says(result, 6, "its ssh port does not answer at 127.0.0.9")
+
     def test_proxy_stays_until_ssh_has_taken_its_socket(self) -> None:
         """macOS may discard a socket in flight whose sender has gone."""
         ours, theirs = socket.socketpair()
