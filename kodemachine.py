@@ -486,11 +486,13 @@ class Rows(list[Row]):
 
 class Hardware(NamedTuple):
     """A machine's hardware as UTM configures it: MAC addresses (`?` for one that UTM does not report), and the
-    allocated MiB of each drive that is not removable, rounded down. `known`: UTM has reported them."""
+    allocated MiB of each drive that is not removable, rounded down. `known`: UTM has reported them. `is_online`: a
+    network interface has a route out of the Mac."""
 
     macs: list[str]
     drives: list[int]
     known: bool = True
+    is_online: bool = False
 
 
 UUID = re.compile(r"[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}")
@@ -619,7 +621,9 @@ def parse_hardware(out: str) -> dict[str, Hardware]:
             found[uuid] = Hardware(["?"], [], known=False)
             continue
         hardware = found.setdefault(uuid, Hardware([], []))
-        if key == "mac":
+        if key == "online":
+            found[uuid] = hardware._replace(is_online=True)
+        elif key == "mac":
             hardware.macs.append(value.upper() if MAC.fullmatch(value) else "?")
         elif key == "drive" and re.fullmatch(r"\d{1,12}", value):
             hardware.drives.append(int(value))
@@ -739,7 +743,7 @@ def printed_argument(word: str) -> str:
 # Seconds that one call may take before it is ended (contract 10). The state is read afterwards in any case, so a limit
 # only bounds how long kodemachine waits for the answer. `clone` is limited by its callers.
 LIMITS = {"list": 30.0, "status": 20.0, "ip-address": 20.0, "start": 30.0, "stop": 30.0, "suspend": 60.0,
-          "delete": 120.0, "version": 20.0, "osascript": 60.0, "ssh": 10.0, "ssh-add": 10.0}
+          "delete": 120.0, "version": 20.0, "osascript": 60.0, "ssh": 10.0, "ssh-add": 10.0, "sysctl": 10.0}
 UTMCTL_PLACES = ("/Applications/UTM.app/Contents/MacOS/utmctl", "~/Applications/UTM.app/Contents/MacOS/utmctl")
 # Seconds for a clean list, all its repetitions together.
 LOOK_LIMIT = 65.0
@@ -1218,6 +1222,8 @@ class Record(NamedTuple):
     is_copy: bool = False           # of another clone: needs host keys and a machine-id of its own
     copy_of: str = ""               # the UUID of the machine that it is not yet proved to be a whole copy of
     is_temporary: bool = False      # made by --rm
+    is_offline: bool = False        # no route out of the Mac: its network interfaces are host-only
+    wake: str = ""                  # the Mac's last wake-up (see `last_wake`) when the guest's clock was right
     first_boot: str = ""            # "pending" or "done"
     making: str = ""                # "begun" or "sealed", by `base create`
 
@@ -1717,8 +1723,8 @@ class Fleet:
 # - `output text` and `output data` can be missing if a command has printed nothing.
 
 # Network addresses and drives of all machines: one event for the list, two for each machine.
-# Dictionary: `id`, `configuration`, `network interfaces`, `address`, `drives`, `removable`, `host size` (contract
-# 10.13).
+# Dictionary: `id`, `configuration`, `network interfaces`, `address`, `mode` and its constant `host` (no route out of
+# the Mac), `drives`, `removable`, `host size` (contract 7, 10.13).
 HARDWARE = """\
 -- kodemachine: hardware
 on run argv
@@ -1733,6 +1739,7 @@ on run argv
         set nics to network interfaces of config
         repeat with nic in nics
           set part to part & uuid & " mac " & address of nic & linefeed
+          if mode of nic is not host then set part to part & uuid & " online" & linefeed
         end repeat
         set disks to drives of config
         repeat with one_disk in disks
@@ -1840,7 +1847,8 @@ on run argv
   end tell
 end run
 """
-# Dictionary: `name`, `icon`, `memory` (MiB), `cpu cores`, `network interfaces`, `address`, `update configuration`.
+# Dictionary: `name`, `icon`, `memory` (MiB), `cpu cores`, `network interfaces`, `address`, `mode` and its constant
+# `host`, `update configuration`.
 CONFIGURE = """\
 -- kodemachine: configure
 on run argv
@@ -1851,9 +1859,10 @@ on run argv
     if item 3 of argv is not "" then set memory of config to (item 3 of argv) as integer
     if item 4 of argv is not "" then set cpu cores of config to (item 4 of argv) as integer
     set nics to network interfaces of config
-    set n to 4
+    set n to 5
     repeat with nic in nics
       set n to n + 1
+      if item 5 of argv is "offline" then set mode of nic to host
       if not (n > (count of argv)) then set address of nic to item (n) of argv
     end repeat
     set icon of config to ""
@@ -1862,7 +1871,9 @@ on run argv
     set report to name of config & linefeed & memory of config & linefeed & cpu cores of config & linefeed
     set nics to network interfaces of config
     repeat with nic in nics
-      set report to report & address of nic & linefeed
+      set report to report & address of nic
+      if mode of nic is host then set report to report & " offline"
+      set report to report & linefeed
     end repeat
     return report
   end tell
@@ -1952,6 +1963,12 @@ done
 echo "machine-id=$(cat /etc/machine-id)"
 sync
 echo "end=$label"
+"""
+
+# The guest agent runs this as root. It sets a clock that is more than two seconds off. $1: seconds since the epoch.
+CLOCK = """
+late=$(($1 - $(date +%s)))
+if [ $late -gt 2 ] || [ $late -lt -2 ]; then date -s "@$1" >/dev/null; fi
 """
 
 # The guest agent runs this in a machine that becomes an image, as root. $1: `check` (change nothing), `apply`, or
@@ -2361,6 +2378,8 @@ DELETE_SETTLE = 20.0
 # one argument, because Linux, where the tests run, allows at most 128 KiB.
 EXEC_INPUT = 256 << 10
 EXEC_PIECE = 96 << 10
+# Seconds for the command that sets the guest's clock. A session waits for it.
+CLOCK_LIMIT = 10.0
 
 
 class Request(NamedTuple):
@@ -2596,15 +2615,18 @@ class VM:
 
     def configure(self, name: str = "", memory: int | None = None, cpus: int | None = None,
                   macs: Sequence[str] = ()) -> Reply:
-        """Changes a stopped machine's configuration; memory in MiB.
+        """Changes a stopped machine's configuration; memory in MiB. Its record says whether it must be offline.
 
-        The answer has a line each for name, memory, CPUs, and every network address, as they are afterwards.
+        The answer has a line each for name, memory, CPUs, and every network interface, as they are afterwards.
         """
-        return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), *macs)
+        network = "offline" if self.record.is_offline else ""
+        return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), network, *macs)
 
     def prepare(self, memory: int | None, cpus: int | None) -> None:
         """Prepares a stopped machine for its first start: a whole copy, with network addresses of its own, and with
-        `memory` (MiB) and `cpus`. UTM copies the addresses of the base (contract 3.5).
+        `memory` (MiB) and `cpus`; without a route out of the Mac if its record says so (contract 7).
+
+        UTM copies the addresses of the base (contract 3.5). A copy of an offline machine is offline, too.
 
         Raises Unreachable if macOS refuses, WrongState if the machine is not stopped any more, KodeError unless the
         answer proves it.
@@ -2619,8 +2641,11 @@ class VM:
                     problem = "UTM does not report its hardware"
                     continue
                 self.must_be_whole(found)
-                wanted = self._unique_macs(found)
-                if wanted == found[self.uuid].macs and not memory and not cpus:
+                wanted, mine = self._unique_macs(found), found[self.uuid]
+                if not mine.is_online:
+                    self.note(is_offline=True)
+                is_right = wanted == mine.macs and mine.is_online != self.record.is_offline
+                if is_right and not memory and not cpus:
                     return
                 reply = self.configure("", memory, cpus, wanted)
                 if self._is_proved(reply, memory, cpus, wanted):
@@ -2628,6 +2653,10 @@ class VM:
             problem = reply.sentence or f"UTM answers {reply.outcome.value}"
             if self._is_final(reply):
                 break
+        if self.record.is_offline:
+            raise KodeError(f"{self.name} was not started: UTM did not take it off the network ({problem})",
+                            f"Check its network mode (Host Only) in UTM's window, or delete it: "
+                            f"kodemachine delete {self.label}")
         if memory or cpus:
             raise KodeError(f"{self.name} was not started: its configuration could not be changed ({problem})",
                             "Use other values for --cpus and --memory, or none.")
@@ -2649,14 +2678,16 @@ class VM:
             wanted.append(mac if is_unique else random_mac())
         return wanted
 
-    @staticmethod
-    def _is_proved(reply: Reply, memory: int | None, cpus: int | None, macs: Sequence[str]) -> bool:
+    def _is_proved(self, reply: Reply, memory: int | None, cpus: int | None, macs: Sequence[str]) -> bool:
         """Whether the answer of `configure` shows what was asked for."""
         lines = reply.out.splitlines()
         for wanted, line in zip((memory, cpus), lines[1:3]):
             if wanted is not None and line != str(wanted):
                 return False
-        return len(lines) >= 3 and lines[3:3 + len(macs)] == list(macs)
+        interfaces = lines[3:3 + len(macs)]
+        if self.record.is_offline and not all(line.endswith(" offline") for line in interfaces):
+            return False
+        return len(lines) >= 3 and [line.partition(" ")[0] for line in interfaces] == list(macs)
 
     def _is_final(self, reply: Reply) -> bool:
         """Whether it is useless to repeat a change of the configuration. Raises Unreachable or WrongState."""
@@ -2825,6 +2856,21 @@ class VM:
         if max(len(output), len(errors)) >= EXEC_OUTPUT:
             self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
         return 128 + signal_number if signal_number else code, output, errors
+
+    def set_clock(self) -> None:
+        """Sets the guest's clock if it is wrong: it stops while the machine is paused or the Mac sleeps.
+
+        A failure is a warning.
+        """
+        words = ["/bin/sh", "-c", CLOCK, "kodemachine", str(int(time.time()))]
+        try:
+            code, _, err = self.run(words, limit=CLOCK_LIMIT)
+            problem = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        except KodeError as failure:
+            code, problem = 1, failure.message
+        if code:
+            self._notes.warn(f"the clock of {self.name} may be wrong ({problem}); to set it: "
+                             f"kodemachine exec {self.label} -- date -s @$(date +%s)")
 
     def _no_result(self, reply: Reply, program: str, limit: float) -> KodeError:
         look = f"To check: kodemachine ssh {self.name}"
@@ -3368,11 +3414,13 @@ class SshConfig:
             options["IdentityFile"] = quoted(self._settings.identity_file)
         return options
 
-    def argv(self, vm: VM, address: str, command: Sequence[str]) -> list[str]:
+    def argv(self, vm: VM, address: str, command: Sequence[str], *, forward_agent: bool = False) -> list[str]:
         """The command line of ssh to an address. The guest's login shell joins the words of `command`."""
         options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(self.knows(vm.name)),
                    "ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no",
                    "Port": str(self._settings.ssh_port), **SESSION_OPTIONS, **PATIENCE, **self.keep_alive(address)}
+        if forward_agent:
+            options["ForwardAgent"] = "yes"
         return ["ssh", *as_words(options), "--", address, *command]
 
     def name_options(self, is_known: bool = True) -> dict[str, str]:
@@ -3398,6 +3446,7 @@ class StartOptions(NamedTuple):
     cpus: int | None = None
     memory: int | None = None
     timeout: float | None = None
+    offline: bool = False           # a new machine without a route out of the Mac
     only_new: bool = False          # --rm: the machine must not exist yet
     may_clone: bool = True
     prove: bool = True              # see the ssh server answer, even where only one address is likely
@@ -3426,6 +3475,7 @@ class Facts(NamedTuple):
     size: int | None
     reclaimable: int | None
     created: str | None
+    network: str | None
 
 
 DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
@@ -3537,6 +3587,8 @@ class Manager:
         machine = machine._replace(record=record)
         vm = self.vm(machine)
         self._refuse_options(vm, label, options)
+        if options.offline:
+            vm.remember(is_offline=True)
         if self.is_orphan(machine):
             # Somebody wants it after all.
             vm.remember(is_temporary=False)
@@ -3586,6 +3638,8 @@ class Manager:
         is_new = record.never_started and vm.power is Power.STOPPED
         if (options.cpus or options.memory) and not is_new:
             raise WrongState(f"{vm.name} exists already; --cpus and --memory are for a new clone", again)
+        if options.offline and not record.is_offline and not is_new:
+            raise WrongState(f"{vm.name} exists already and is not offline; --offline is for a new clone", again)
 
     def _clone(self, label: str, options: StartOptions) -> VM:
         """A new machine with that label, or the one that an earlier run began to make. `records`: as read before."""
@@ -3603,7 +3657,8 @@ class Manager:
                                  "To repeat it, run it again. For a machine from the image, run this command again.")
             if machine is None:
                 base = self.base_for_new(fleet, options.base)
-                made = self.maker.clone(base, name, fleet.rows, options.afterwards, is_temporary=options.only_new)
+                made = self.maker.clone(base, name, fleet.rows, options.afterwards, is_temporary=options.only_new,
+                                        is_offline=options.offline)
                 return self.vm_of(made)
             vm = self._taken(machine, label, options._replace(only_new=options.only_new and made is None), fleet)
             if options.only_new:
@@ -3633,7 +3688,8 @@ class Manager:
                 first_boot = "" if vm.record.never_started else vm.record.first_boot or "done"
                 source = Machine(vm.uuid, vm.name, vm.power)
                 made = self.maker.clone(source, name, fleet.rows, image=vm.record.image,
-                                        image_uuid=vm.record.image_uuid, is_copy=True, first_boot=first_boot)
+                                        image_uuid=vm.record.image_uuid, is_copy=True, first_boot=first_boot,
+                                        is_offline=vm.record.is_offline)
             self.prove_whole(self.vm_of(made))
 
     def _refuse_other_order(self, vm: VM, new: str) -> None:
@@ -3699,6 +3755,7 @@ class Manager:
             # The wait for another kodemachine's lock is not a part of the boot.
             began = time.monotonic()
 
+        before = vm.power
         if vm.power is not Power.STARTED:
             verb = "resuming" if vm.power is Power.PAUSED else "starting"
             self._notes.step(f"{verb} {vm.name}")
@@ -3720,7 +3777,28 @@ class Manager:
         if not vm.record.is_named or not self.ssh.knows(vm.name):
             self._notes.step(f"naming the guest {vm.label}")
             self._record_identity(vm, self.read_identity(vm))
+        self._check_clock(vm, before)
         return address
+
+    def _check_clock(self, vm: VM, before: Power) -> None:
+        """Sets the guest's clock if the machine was paused, or the Mac has slept since the clock was right.
+
+        `before`: the machine's state before this start.
+        """
+        wake = self.last_wake() or vm.record.wake
+        has_slept = before is Power.STARTED and wake != vm.record.wake
+        if has_slept or before in (Power.PAUSING, Power.PAUSED, Power.RESUMING):
+            vm.set_clock()
+        if wake != vm.record.wake:
+            vm.note(wake=wake)
+
+    def last_wake(self) -> str:
+        """When the Mac woke up last, in seconds since the epoch; empty if the system does not report it."""
+        reply = None
+        with contextlib.suppress(KodeError):
+            reply = self.utm.call("sysctl", "-n", "kern.waketime")
+        match = re.match(r"\{ sec = (\d+),", reply.out) if reply else None
+        return match.group(1) if match else ""
 
     def before_cold_start(self, vm: VM) -> None:
         """Proves that the machine is a whole copy, and gives it a network address of its own."""
@@ -3822,8 +3900,12 @@ class Manager:
         for machine in machines:
             record, disk = machine.record, disks.get(machine.uuid, Disk())
             address = next(iter(addresses.get(machine.uuid, [])), None)
+            network = None
+            if machine.label:
+                network = "offline" if record.is_offline else "shared"
             found.append(Facts(machine.label, machine.name, machine.uuid, machine.power.word, address,
-                               record.image or None, disk.memory, disk.size, disk.reclaimable, record.created or None))
+                               record.image or None, disk.memory, disk.size, disk.reclaimable, record.created or None,
+                               network))
         return found
 
     # -- the everyday verbs; callers hold the label's lock
@@ -3857,6 +3939,7 @@ class Manager:
             raise WrongState(f"{vm.name} is stopped and cannot be resumed",
                              f"To start it: kodemachine start -d {label}")
         vm.power_on(self.settings.boot_timeout, before_cold=before_cold)
+        vm.set_clock()
         return "resumed"
 
     def delete(self, vm: VM, *, force: bool, measure: bool = False) -> int | None:
@@ -4728,6 +4811,14 @@ class Doctor:
                 for mac in set(self._hardware[machine.uuid].macs) - {"?"}:
                     yield mac, machine
 
+    @doctor_check("offline", needs="utm osascript", passed="no offline machine has a route out of the Mac")
+    def _offline(self) -> Iterable[Result]:
+        for machine in self._fleet.clones:
+            is_prepared = machine.record.is_offline and machine.record.mac_is_unique
+            if is_prepared and machine.uuid in self._hardware and self._hardware[machine.uuid].is_online:
+                yield (ERROR, f"{machine.name} was made with --offline, and has a route out of the Mac now",
+                       "Stop it, then set the mode of its network interfaces in UTM to Host Only.")
+
     @doctor_check("host-keys", needs="utm", passed="no two clones are known to share a host key")
     def _host_keys(self) -> Iterable[Result]:
         names = dict.fromkeys(machine.name for machine in self._fleet.clones)
@@ -5438,6 +5529,7 @@ ALL = option("--all", action="store_true", help="every clone")
 JSON = option("--json", action="store_true", dest="as_json", help="for programs")
 YES = option("-y", "--yes", action="store_true", help="do not ask")
 SIZE = option("-s", "--size", action="store_true", help="read sizes from UTM's folder; macOS may ask for permission")
+FORWARD_AGENT = option("-A", "--forward-agent", action="store_true", help="forward the ssh agent for this session")
 START_TIMEOUT = option("--timeout", type=seconds, metavar="S", help="seconds to wait until ssh answers")
 STOP_TIMEOUT = option("-t", "--timeout", type=seconds, metavar="S", help="seconds that the guest has to shut down")
 
@@ -5601,13 +5693,13 @@ def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, 
     return code if code >= 0 else 128 - code
 
 
-def session(ctx: Context, vm: VM, address: str, rest: Sequence[str] | None) -> list[str]:
+def session(ctx: Context, vm: VM, address: str, opts: Arguments) -> list[str]:
     """The ssh command for a shell, or for the words after `--`. One word is a command line; several are quoted."""
-    words = list(rest or [])
+    words = list(opts.rest or [])
     if len(words) > 1:
         words = [shlex.join(words)]
     ctx.out.end_step()
-    return ctx.manager.ssh.argv(vm, address, words)
+    return ctx.manager.ssh.argv(vm, address, words, forward_agent=opts.forward_agent)
 
 
 DETACH_EXCLUDES_COMMAND = "--detach and a command exclude each other"
@@ -5633,6 +5725,9 @@ def start_options(opts: Arguments, labels: Sequence[str]) -> StartOptions:
          "--rm and --fresh exclude each other: --rm is only for a machine that this command creates",
          f"To delete the old machine first: {command_line(['delete', '--force', *labels])}"),
         (opts.detach and opts.rest is not None, DETACH_EXCLUDES_COMMAND, start_then_run(labels, opts.rest)),
+        (opts.detach and opts.forward_agent,
+         "--detach and --forward-agent exclude each other: the agent is forwarded to a session",
+         f"Start first: {detached}; then: {command_line(['ssh', '-A', *labels[:1]])}"),
         (several and opts.rest is not None, "a command runs in one machine at a time",
          start_then_run(labels, opts.rest)),
         (several and not opts.detach, "several labels need --detach", detached),
@@ -5642,8 +5737,9 @@ def start_options(opts: Arguments, labels: Sequence[str]) -> StartOptions:
     for is_conflict, message, hint in conflicts:
         if is_conflict:
             raise UsageError(message, hint)
-    return StartOptions(base=opts.base, cpus=opts.cpus, memory=opts.memory, timeout=opts.timeout, only_new=opts.rm,
-                        prove=opts.detach, bare=opts.bare, commands=tuple(command_words()))
+    return StartOptions(base=opts.base, cpus=opts.cpus, memory=opts.memory, timeout=opts.timeout,
+                        offline=opts.offline, only_new=opts.rm, prove=opts.detach, bare=opts.bare,
+                        commands=tuple(command_words()))
 
 
 def delete_existing(ctx: Context, label: str, options: StartOptions, opts: Arguments) -> bool:
@@ -5800,7 +5896,7 @@ def run_temporary(ctx: Context, label: str, options: StartOptions, opts: Argumen
             stack.callback(delete_temporary, ctx, vm, label)
             address = manager.start(vm, options, call)
             run_first_boot(ctx, vm, address)
-        return run_foreground(ctx, session(ctx, vm, address, opts.rest))
+        return run_foreground(ctx, session(ctx, vm, address, opts))
 
 
 @command("start", LABELS,
@@ -5810,6 +5906,7 @@ def run_temporary(ctx: Context, label: str, options: StartOptions, opts: Argumen
          option("--base", metavar="IMAGE", help="clone this image (a name, a version, or a UUID)"),
          option("--cpus", type=count, metavar="N", help="CPUs of a new clone"),
          option("--memory", type=mebibytes, metavar="SIZE", help="memory of a new clone, such as 4G"),
+         option("--offline", action="store_true", help="a new clone that reaches only this Mac"), FORWARD_AGENT,
          option("--repin", action="store_true", help="accept changed host keys, after showing them"),
          START_TIMEOUT,
          examples=["project-alpha", "start -d project-alpha project-beta", "trial --rm --memory 8G -- make test"])
@@ -5827,10 +5924,10 @@ def cmd_start(ctx: Context, opts: Arguments) -> int:
     with ctx.manager.holding(labels[0]):
         vm, address = prepare(labels[0])
         run_first_boot(ctx, vm, address)
-        exec_ssh(session(ctx, vm, address, opts.rest))
+        exec_ssh(session(ctx, vm, address, opts))
 
 
-@command("ssh", LABEL_ARG, START_TIMEOUT,
+@command("ssh", LABEL_ARG, FORWARD_AGENT, START_TIMEOUT,
          examples=["ssh project-alpha", "ssh project-alpha -- tail -f /var/log/syslog"])
 def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     """start if needed and connect, or run the command after --; never clone"""
@@ -5839,7 +5936,7 @@ def cmd_ssh(ctx: Context, opts: Arguments) -> int:
     with ctx.manager.holding(label):
         vm, call = ctx.manager.find_or_clone(label, options)
         address = ctx.manager.start(vm, options, call)
-        exec_ssh(session(ctx, vm, address, opts.rest))
+        exec_ssh(session(ctx, vm, address, opts))
 
 
 @command("exec", LABEL_ARG, option("--input", action="store_true", help="pass standard input to the command"),
@@ -5990,9 +6087,13 @@ def inventory(manager: Manager, machines: Sequence[Machine]) -> dict[str, Any]:
 
 
 def status_text(ctx: Context, machine: Machine) -> str:
-    """The status of a machine, with a mark for one that an interrupted --rm session left."""
-    mark = " (--rm)" if ctx.manager.is_orphan(machine) else ""
-    return machine.power.word + mark
+    """The status of a machine, with marks for an offline one, and for one that an interrupted --rm session left."""
+    text = machine.power.word
+    if machine.record.is_offline:
+        text += " offline"
+    if ctx.manager.is_orphan(machine):
+        text += " (--rm)"
+    return text
 
 
 def fitted_table(ctx: Context, header: Sequence[str], rows: Sequence[Sequence[str]], expendable: Sequence[str]) -> str:

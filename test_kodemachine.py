@@ -336,6 +336,7 @@ class FakeUTM:
             "status": "stopped",
             "backend": "qemu",
             "macs": [FakeUTM.new_mac()],
+            "modes": [],  # of the network interfaces; missing ones are "shared"
             "memory": 4096,  # MiB
             "cpus": 4,
             "disk": 65536,  # bytes
@@ -384,10 +385,15 @@ class FakeUTM:
         self.vms.append(vm)
         self.write_bundle(vm)
 
-    def configure(self, vm: Machine, name: str, memory: int, cpus: int, macs: Sequence[str]) -> None:
+    @staticmethod
+    def mode(vm: Machine, n: int) -> str:
+        """The mode of the n-th network interface."""
+        return str(vm["modes"][n]) if n < len(vm["modes"]) else "shared"
+
+    def configure(self, vm: Machine, name: str, memory: int, cpus: int, nics: Sequence[dict[str, str]]) -> None:
         """Changes settings. An empty value, or a memory (MiB) of 0, means: no change."""
-        vm.update(memory=memory or vm["memory"], cpus=cpus)
-        vm["macs"] = [new or old for old, new in zip(vm["macs"], macs)]
+        vm.update(memory=memory or vm["memory"], cpus=cpus, modes=[str(nic["mode"]) for nic in nics])
+        vm["macs"] = [nic["address"] or old for old, nic in zip(vm["macs"], nics)]
         self.write_bundle(vm)
         if name and name != vm["name"]:
             self.rename(vm["uuid"], name)
@@ -439,7 +445,9 @@ class FakeUTM:
             "Information": {"Name": vm["name"], "UUID": vm["uuid"], "IconCustom": False},
             "System": {"Architecture": "aarch64", "CPUCount": vm["cpus"], "MemorySize": vm["memory"]},
             "Drive": [{"Identifier": "DRIVE", "ImageName": "disk.qcow2", "ImageType": "Disk", "ReadOnly": False}],
-            "Network": [{"Mode": "Shared", "MacAddress": mac} for mac in vm["macs"]],
+            "Network": [
+                {"Mode": self.mode(vm, n).title(), "MacAddress": mac} for n, mac in enumerate(vm["macs"])
+            ],
             "Serial": [{"Mode": "Ptty", "Target": "Auto"} for _ in vm["serials"]],
             "Display": vm["displays"],
             "QEMU" if qemu else "Virtualization": {},
@@ -491,7 +499,7 @@ class Guest:
         " tmp usr/local bin"
     )
     TOOLS = (
-        "awk base64 basename cat chmod cmp cp cut date dd dirname echo env expr false find grep head kill ln"
+        "awk base64 basename cat chmod cmp cp cut dd dirname echo env expr false find grep head kill ln"
         " ls mkdir mktemp mv od printf pwd readlink rm rmdir sed seq sh sleep sort ssh-keygen stat tail tee"
         " test touch tr true truncate uname uniq wc xargs"
     )
@@ -511,6 +519,11 @@ class Guest:
         "sshd": "",
         "ip": 'echo "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536"; echo "2: enp0s1: <BROADCAST,UP,LOWER_UP> mtu 1500"',
         "whoami": 'case $PWD in "$ROOT"/home*) echo you;; *) echo root;; esac',
+        # A clock that is some seconds off this host's.
+        "date": 'clock=$ROOT/run/clock\n'
+        'case $1 in -s) echo $((${2#@} - $(command -p date +%s))) >"$clock";;\n'
+        '+%s) echo $(($(command -p date +%s) + $(cat "$clock" 2>/dev/null || echo 0)));;\n'
+        '*) command -p date "$@";; esac',
         "cloud-init": "echo status: done",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
@@ -1117,11 +1130,11 @@ class AppleScript:
     # The part of UTM's dictionary that is in use: properties of machines and records, and constants.
     PROPERTIES = (
         "id", "name", "icon", "status", "backend", "configuration", "memory", "cpu cores", "drives", "displays",
-        "network interfaces", "serial ports", "interface", "address", "port", "host size", "removable", "exited",
-        "exit code", "signal code", "output data", "error data", "output text", "error text", "class SrPt",
+        "network interfaces", "serial ports", "interface", "address", "mode", "port", "host size", "removable",
+        "exited", "exit code", "signal code", "output data", "error data", "output text", "error text", "class SrPt",
     )
     CONSTANTS = ("qemu", "apple", "unavailable", "ptty", "tcp", "shared", "host", "bridged", "emulated")
-    KEYS = (*PROPERTIES, "architecture", "hypervisor", "uefi", "source", "mode")  # of a literal record
+    KEYS = (*PROPERTIES, "architecture", "hypervisor", "uefi", "source")  # of a literal record
     LISTS = ("drives", "displays", "network interfaces")
     ICONS = ("", "linux", "debian", "ubuntu")
 
@@ -1501,7 +1514,9 @@ class AppleScript:
         ]
         return {
             "name": vm["name"], "icon": vm["icon"], "memory": vm["memory"], "cpu cores": vm["cpus"], "drives": drives,
-            "network interfaces": [{"address": mac, "mode": Constant("shared")} for mac in vm["macs"]],
+            "network interfaces": [
+                {"address": mac, "mode": Constant(FakeUTM.mode(vm, n))} for n, mac in enumerate(vm["macs"])
+            ],
             "displays": [{} for _ in vm["displays"]],
             "class SrPt": [{"interface": Constant(kinds[serial["kind"]])} for serial in vm["serials"]],
         }
@@ -1513,8 +1528,8 @@ class AppleScript:
             raise Refused(-2700, f"The icon named ‘{record['icon']}’ cannot be found in the built-in icons.")
         kept = [drive["id"] for drive in record["drives"]]
         vm["drives"] = [drive for drive in vm["drives"] if drive["id"] in kept]
-        macs = [nic["address"] for nic in record["network interfaces"]]
-        self.tool.utm.configure(vm, record["name"], record["memory"], record["cpu cores"], macs)
+        nics = record["network interfaces"]
+        self.tool.utm.configure(vm, record["name"], record["memory"], record["cpu cores"], nics)
 
     def make(self, words: Sequence[str]) -> Any:
         at = words.index("properties")
@@ -1732,7 +1747,8 @@ def fake_main(tool: str, folder: str) -> int:
 
 TOOLS = ("utmctl", "osascript", "ssh", "scp")       # the programs on PATH that are fakes, or journaled
 IMAGE = "kodeimage-v0.2.0"
-JSON_KEYS = ["label", "name", "uuid", "status", "ip", "image", "memory", "size", "reclaimable", "created"]
+JSON_KEYS = ["label", "name", "uuid", "status", "ip", "image", "memory", "size", "reclaimable", "created",
+             "network"]
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "Fake" * 10 + "Fak"
 
 
@@ -2942,20 +2958,21 @@ class FakeTest(Case):
     def test_osascript_reads_and_changes_settings(self) -> None:
         uuid = self.utm.add("km-a", macs=["02:00:00:00:00:01", "02:00:00:00:00:02"])
         bare = self.utm.add("no interface", macs=[])
-        lines = f"{uuid} machine\n{uuid} mac 02:00:00:00:00:01\n{uuid} mac 02:00:00:00:00:02\n{uuid} drive 331\n" \
-                f"{bare} machine\n{bare} drive 331\n\n"
+        lines = f"{uuid} machine\n{uuid} mac 02:00:00:00:00:01\n{uuid} online\n{uuid} mac 02:00:00:00:00:02\n" \
+                f"{uuid} online\n{uuid} drive 331\n{bare} machine\n{bare} drive 331\n\n"
         self.assertEqual(self.osascript(kodemachine.HARDWARE), (0, lines, ""))
-        changed = self.osascript(kodemachine.CONFIGURE, uuid, "km-b", "512", "1", "", "02:00:00:00:00:03")
+        changed = self.osascript(kodemachine.CONFIGURE, uuid, "km-b", "512", "1", "", "", "02:00:00:00:00:03")
         self.assertEqual(changed, (0, "km-b\n512\n1\n02:00:00:00:00:01\n02:00:00:00:00:03\n\n", ""))
         vm = self.utm.machine("km-b")
         self.assertEqual((vm["macs"][1], vm["memory"], vm["cpus"]), ("02:00:00:00:00:03", 512, 1))
+        self.assertEqual(vm["modes"], ["shared", "shared"])
         self.assertEqual([call["verb"] for call in self.utm.calls(tool="osascript")], ["hardware", "configure"])
 
     def test_osascript_exits_1_when_it_is_refused(self) -> None:
         uuid = self.utm.add("km-a", status="started")
         error = "0:0: execution error: UTM got an error: {} (-2700)\n"
         stopped = "The virtual machine must be stopped before this operation can be performed."
-        self.assertEqual(self.osascript(kodemachine.CONFIGURE, uuid, "", "", "1"), (1, "", error.format(stopped)))
+        self.assertEqual(self.osascript(kodemachine.CONFIGURE, uuid, "", "", "1", ""), (1, "", error.format(stopped)))
         self.utm.fault("osascript", error=-1743)
         self.assertIn("Not authorized to send Apple events to UTM. (-1743)", self.osascript(kodemachine.HARDWARE).err)
 
@@ -3975,7 +3992,7 @@ class StartOptionsTest(Case):
         self.assertEqual((vm["cpus"], vm["memory"]), (2, 1536))
         self.assertNotEqual(vm["macs"], self.utm.machine(IMAGE)["macs"])
         changes = self.calls_of("configure")
-        self.assertEqual([call["argv"][3:] for call in changes], [[vm["uuid"], "", "1536", "2", *vm["macs"]]])
+        self.assertEqual([call["argv"][3:] for call in changes], [[vm["uuid"], "", "1536", "2", "", *vm["macs"]]])
         self.assertLess(changes[0]["time"], self.calls_of("start")[0]["time"])
         self.assertEqual((self.utm.machine(IMAGE)["cpus"], self.utm.machine(IMAGE)["memory"]), (4, 4096))
 
@@ -4086,6 +4103,165 @@ class StartOptionsTest(Case):
                 launch = self.LAUNCH.replace("sys.exit(", "kodemachine.read_bundles = None\nsys.exit(")
                 argv[argv.index(self.LAUNCH)] = launch
                 self.assert_says(self.run_program(argv), 0)
+
+
+class OfflineTest(Case):
+    """--offline: a new machine whose network interfaces have no route out of the Mac."""
+
+    def modes(self, label: str) -> list[str]:
+        return [str(mode) for mode in self.utm.machine("km-" + label)["modes"]]
+
+    def shown(self, label: str) -> tuple[str, str]:
+        """The network of a machine in JSON, and its status in text."""
+        text = re.findall(r"^status: +(.*)$", self.km("status", label).out, re.MULTILINE)
+        return str(self.listed()["km-" + label]["network"]), text[0]
+
+    def test_every_interface_is_offline_before_the_first_start(self) -> None:
+        self.with_sshd()
+        self.utm.change(IMAGE, macs=["02:00:00:00:00:01", "02:00:00:00:00:02"])
+        self.assertEqual(self.km("a", "--offline", "--", "echo", "in").out, "in\n")
+        self.assertEqual(self.modes("a"), ["host", "host"])
+        self.assertLess(self.calls_of("configure")[0]["time"], self.calls_of("start")[0]["time"])
+        self.assertEqual(len(self.calls_of("configure")), 1)
+        self.assertEqual(self.shown("a"), ("offline", "running offline"))
+        self.assertEqual(self.utm.machine(IMAGE)["modes"], [])
+
+    def test_ordinary_machine_is_shared(self) -> None:
+        self.with_sshd()
+        self.km("start", "-d", "a")
+        self.assertEqual((self.modes("a"), self.shown("a")), (["shared"], ("shared", "running")))
+
+    def test_machine_that_is_not_proved_offline_is_not_started(self) -> None:
+        self.with_sshd()
+        for rule in ({"error": -1712}, {"error": -2700, "string": "No."}, {"stdout": "km-a\n4096\n4\n{}\n"}):
+            self.utm.clear_faults()
+            if "stdout" in rule:
+                mac = self.utm.machine("km-a")["macs"][0]
+                rule = {"stdout": str(rule["stdout"]).format(mac)}
+            self.utm.fault("configure", **rule)
+            result = self.km("start", "-d", "a", "--offline", patience={"UNIQUE_LIMIT": 1.0})
+            self.assert_says(result, 1, "km-a was not started: UTM did not take it off the network")
+        self.assertEqual(self.asked("start"), [])
+        # The next run continues, also without the option.
+        self.utm.clear_faults()
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
+
+    def test_interrupted_clone_becomes_offline_before_its_start(self) -> None:
+        self.with_sshd()
+        for first, second in ((["--offline"], []), ([], ["--offline"])):
+            self.utm.option(clone_seconds=0.4)
+            process = self.start_km("start", "-d", "a", *first)
+            wait_for(lambda: self.utm.clones())
+            process.kill()
+            self.ended(process)
+            self.assert_says(self.km("start", "-d", "a", *second), 0)
+            self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
+            self.assert_says(self.km("delete", "-f", "a"), 0)
+
+    def test_existing_machine_does_not_go_offline(self) -> None:
+        self.with_sshd()
+        self.vm("a")
+        self.assert_says(self.km("start", "-d", "a", "--offline"), 4, "km-a exists already and is not offline",
+                         "To replace it: the same command with --fresh")
+        self.assert_says(self.km("start", "-d", "a", "--offline", "--fresh", "-y"), 0)
+        self.assertEqual(self.shown("a")[0], "offline")
+        self.assert_says(self.km("start", "-d", "a", "--offline"), 0)
+
+    def test_copy_of_an_offline_machine_is_offline(self) -> None:
+        self.with_sshd()
+        self.km("start", "-d", "a", "--offline")
+        self.km("stop", "a")
+        self.utm.change("km-a", ips=["127.0.0.9"])
+        self.assert_says(self.km("clone", "a", "b"), 0)
+        self.utm.change("km-b", modes=["shared"])
+        self.assert_says(self.km("start", "-d", "b"), 0)
+        self.assertEqual((self.modes("b"), self.shown("b")[0]), (["host"], "offline"))
+
+    def test_machine_from_an_offline_image_is_shown_as_offline(self) -> None:
+        self.with_sshd()
+        self.utm.change(IMAGE, modes=["host"])
+        self.km("start", "-d", "a")
+        self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
+
+    def test_network_of_other_machines_is_unknown(self) -> None:
+        self.image()
+        self.assertEqual(self.listed("-a")[IMAGE]["network"], None)
+
+
+class ClockTest(Case):
+    """The guest's clock, which stops while the machine is paused or the Mac sleeps, is set before the shell opens."""
+
+    GREETERS = 1
+
+    def sleep_of_mac(self, wake: int | None) -> None:
+        """A sysctl that reports when the Mac woke up; None: an unknown name, as on other systems."""
+        line = "echo \"sysctl: unknown oid 'kern.waketime'\" >&2; exit 1"
+        if wake is not None:
+            line = f"echo '{{ sec = {wake}, usec = 7 }} Sat Nov 28 07:00:00 2026'"
+        script = f'#!/bin/sh\n[ "$*" = "-n kern.waketime" ] || exit 9\n{line}\n'
+        self.write(os.path.join(self.bin, "sysctl"), script, 0o755)
+
+    def turn_clock(self, offset: int) -> None:
+        """Makes the guest's clock wrong by so many seconds."""
+        self.write(self.inside("km-alpha", "run/clock"), f"{offset}\n", 0o666)
+
+    @property
+    def offset(self) -> int:
+        return int(self.read(self.inside("km-alpha", "run/clock")))
+
+    def settings(self) -> int:
+        """How many commands about the clock the guest has run."""
+        return sum("date -s" in " ".join(call["argv"]) for call in self.calls_of("exec"))
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sleep_of_mac(0)
+        self.spawn()
+
+    def test_new_machine_and_reconnect_ask_nothing_of_the_clock(self) -> None:
+        self.spawn()
+        self.assertEqual(self.settings(), 0)
+
+    def test_clock_is_set_once_after_the_mac_has_slept(self) -> None:
+        for wake in (1700000000, 1700009999):
+            self.turn_clock(-3600)
+            self.sleep_of_mac(wake)
+            before = self.settings()
+            self.spawn()
+            self.assertLessEqual(abs(self.offset), 2)
+            self.turn_clock(-3600)
+            self.spawn()
+            self.assertEqual((self.settings(), self.offset), (before + 1, -3600))
+
+    def test_clock_is_set_when_a_paused_machine_continues(self) -> None:
+        for words in (["start", "-d"], ["resume"]):
+            self.turn_clock(60)
+            self.assert_says(self.km("suspend", "alpha"), 0)
+            self.assert_says(self.km(*words, "alpha"), 0)
+            self.assertLessEqual(abs(self.offset), 2)
+
+    def test_clock_that_is_right_within_two_seconds_is_not_changed(self) -> None:
+        self.turn_clock(1)
+        self.km("suspend", "alpha")
+        self.km("resume", "alpha")
+        self.assertEqual((self.settings(), self.offset), (1, 1))
+
+    def test_mac_without_that_sysctl_has_never_slept(self) -> None:
+        self.sleep_of_mac(None)
+        self.spawn()
+        self.assertEqual(self.settings(), 0)
+
+    def test_clock_that_cannot_be_set_is_a_warning(self) -> None:
+        self.turn_clock(-60)
+        refusal = "#!/bin/sh\n[ $1 = +%s ] && echo 5\necho 'not today' >&2; exit 1\n"
+        self.write(self.inside("km-alpha", "bin/date"), refusal)
+        self.sleep_of_mac(1700000000)
+        self.assertIn("the clock of km-alpha may be wrong (not today); to set it: kodemachine exec alpha -- date -s",
+                      self.spawn("start", "-d", "alpha").err)
+        self.utm.fault("exec", error=-2700, string="No.")
+        self.sleep_of_mac(1700009999)
+        self.assertIn("the clock of km-alpha may be wrong (", self.spawn("start", "-d", "alpha").err)
 
 
 class FirstBootTest(Case):
@@ -4442,6 +4618,23 @@ class SshTest(Case):
         self.spawn("alpha", "--", "true")
         self.assertNotIn("ServerAlive", " ".join(self.utm.calls(tool="ssh")[-1]["argv"]))
 
+
+    def test_agent_is_forwarded_for_one_session_only(self) -> None:
+        place = os.path.join(self.folder, "agent")
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.terminate)
+        self.environment["SSH_AUTH_SOCK"] = place
+        add = ["ssh-add", "-q", self.server.user_key]
+        wait_for(lambda: self.run_program(add).code == 0)
+        self.ssh_options("ForwardAgent yes\n")
+        show = "ssh-add -l || true"
+        for words, forwards in ((["alpha", "--rm", "-A"], True), (["alpha"], False), (["alpha", "-A"], True),
+                                (["ssh", "--forward-agent", "alpha"], True), (["ssh", "alpha"], False)):
+            result = self.km(*words, "--", show)
+            self.assertEqual((result.code, "ED25519" in result.out), (0, forwards), (words, result))
+        self.assert_says(self.km("start", "-d", "-A", "alpha"), 2, "--detach and --forward-agent exclude each other",
+                         "kodemachine start -d alpha; then: kodemachine ssh -A alpha")
 
     def test_changed_host_key_is_refused_until_it_is_pinned_again(self) -> None:
         self.spawn("alpha", "--", "true")
@@ -5466,7 +5659,7 @@ class DoctorTest(Case):
 
     CHECKS = [
         "user", "utmctl", "version", "automation", "utm", "osascript", "image", "devices", "ssh-key", "names", "macs",
-        "host-keys", "machine-ids", "addresses", "copies", "space", "sizes", "leftovers", "network",
+        "offline", "host-keys", "machine-ids", "addresses", "copies", "space", "sizes", "leftovers", "network",
     ]  # fmt: skip
 
     def setUp(self) -> None:
@@ -5614,7 +5807,8 @@ class DoctorTest(Case):
         self.utm.add("Windows 11", macs=["02:00:00:00:00:01"])
         self.vm("c", macs=["02:00:00:00:00:01"])
         self.vm("new", macs=[mac])
-        self.remember(a={"machine_id": "1" * 32}, b={"machine_id": "1" * 32}, c={"mac_is_unique": True})
+        self.remember(a={"machine_id": "1" * 32}, b={"machine_id": "1" * 32},
+                      c={"mac_is_unique": True, "is_offline": True}, new={"is_offline": True})
         self.write_state("known_hosts", f"km-a {key}\nkm-b {key}\n")
         self.write_state("machines.json", json.dumps({**self.records(), FakeUTM.new_uuid(): {"name": "km-gone"}}))
         os.mkdir(os.path.join(self.state, "intents"))
@@ -5630,6 +5824,7 @@ class DoctorTest(Case):
             names="error: 2 machines are named km-twin: .*Rename",
             macs=f"error: km-a and km-b share the MAC address {mac} && "
                  "warning: (km-c and Windows 11|Windows 11 and km-c) share the MAC",
+            offline="error: km-c was made with --offline, and has a route out of the Mac now .* Host Only",
             host_keys="warning: km-a and km-b share a host key.*base seal LABEL --as",
             machine_ids="warning: km-a and km-b share a machine-id.*base seal LABEL --as",
             addresses=r"error: km-a and km-b share the IP address 192\.168\.64\.3: .*: kodemachine start b --fresh$",
@@ -5701,8 +5896,8 @@ class DoctorTest(Case):
 
     def test_failed_check_is_reported_and_only_those_that_need_it_are_skipped(self) -> None:
         self.healthy()
-        by_list = dict.fromkeys(("image", "osascript", "devices", "names", "macs", "host_keys", "machine_ids",
-                                 "addresses", "copies", "sizes", "leftovers", "network"), "skipped: ")  # fmt: skip
+        by_list = dict.fromkeys(("image", "osascript", "devices", "names", "macs", "offline", "host_keys",
+                                 "machine_ids", "addresses", "copies", "sizes", "leftovers", "network"), "skipped: ")
         self.utm.fault("list", error=-1743)
         self.assert_said(self.doctor(), **by_list, utm="skipped: .*automation failed",
                          automation=r"error: .*\(-1743\) \| .*Privacy & Security > Automation")  # fmt: skip
@@ -5714,7 +5909,8 @@ class DoctorTest(Case):
             said = self.doctor({"LOOK_LIMIT": 1.0 if "error" in fault else 10.0})
             self.assert_said(said, **by_list, utm=words, automation="skipped: .*list of machines cannot be read")
             self.utm.clear_faults()
-        by_script = {"macs": "skipped: .*osascript failed", "devices": "skipped: .*osascript failed"}
+        by_script = {"macs": "skipped: .*osascript failed", "offline": "skipped: .*osascript failed",
+                     "devices": "skipped: .*osascript failed"}
         for fault, words in (({"error": -1743}, r"error: .*osascript.*\(-1743\).*no new machine.* \| .*Automation"),
                              ({"error": -2700, "string": "Broken."}, "error: .*: .*Broken"),
                              ({"silent": True}, "error: osascript cannot read UTM's machines: .* no machine")):
@@ -8783,7 +8979,7 @@ class CallTest(Case):
         shown = re.findall(r"^\+ (\S+) (\S+).*: (.*), exit (-?\d+), \d+\.\d\d s$", err, re.MULTILINE)
         self.assertEqual(shown[:2], [("utmctl", "list", "transient -609", "0"), ("utmctl", "list", "done", "0")])
         calls = self.calls_of()
-        self.assertEqual(len(shown), len(calls))
+        self.assertEqual(len([program for program, *_ in shown if program != "sysctl"]), len(calls))
         self.assertIn(f"+ utmctl clone {self.base} --name km-alpha: done", err)
         self.assertNotIn("+ ", self.spawn("start", "-d", "alpha").err)
 
