@@ -10698,7 +10698,8 @@ class ReadmeTest(unittest.TestCase):
         """Runs each in a fleet that no other has changed."""
         stage = self.stage()
         stage.utm.add("kodeimage-v0.1.0")
-        alpha = self.run_in(stage, "kodemachine start -d project-alpha next web web-1 && kodemachine stop web web-1")
+        labels = "project-alpha next agent web web-1"
+        alpha = self.run_in(stage, f"kodemachine start -d {labels} && kodemachine stop web web-1")
         self.assertEqual(alpha.returncode, 0, alpha.stdout)
         write_text(os.path.join(stage.home, "hook"), "#!/bin/sh\n")
         kept = os.path.join(os.path.dirname(stage.home), "kept")
@@ -10716,7 +10717,9 @@ class ReadmeTest(unittest.TestCase):
             if skipped or re.search(r"\b[A-Z]{3,}\b|\b[SN]$|<label>|\.\.\.", text):
                 continue
             with self.subTest(text):
-                words = text.replace("db", "web-1") + " -y" * ("--fresh" in text or text.endswith("purge"))
+                words = text.replace("db", "web-1")
+                if re.search(r"--fresh|purge( --all)?$", text):
+                    words += " -y"
                 done = self.run_in(stage, re.sub(r"attach \S+$", r"\g<0> --timeout 0.1", words))
                 self.assertEqual(done.returncode, self.STATUS.get(text, 0), done.stdout)
                 self.assertNotIn("Traceback", done.stdout)
@@ -10735,6 +10738,7 @@ class ReadmeTest(unittest.TestCase):
                 text = re.sub(pattern, word, text)
             return "\n".join(line.strip() for line in text.replace("\r", "").splitlines())
 
+        self.run_in(stage, "kodemachine start -d project-alpha")
         for _, block in (found for found in self.blocks if found[0] == "console"):
             for session in re.split(r"(?m)^\$ ", block)[1:]:
                 command, _, shown = session.partition("\n")
@@ -10760,10 +10764,7 @@ class ReadmeTest(unittest.TestCase):
     def test_commands_succeed_part_3(self) -> None:
         self.try_out(self.commands[2::3])
 
-    def test_readme_names_every_command_key_and_exit_status(self) -> None:
-        for name, entry in kodemachine.COMMANDS.items():
-            if not entry.hidden:
-                self.assertRegex(self.text, rf"`(kodemachine )?{name}\b", name)
+    def test_reference_names_every_setting_and_exit_status(self) -> None:
         for key, default in kodemachine.Settings._field_defaults.items():
             row = re.search(rf"(?m)^\| `{key}` \| (.*?) \|", self.text)
             self.assertTrue(row, key)
@@ -10771,6 +10772,28 @@ class ReadmeTest(unittest.TestCase):
                 self.assertEqual(row[1].strip("`"), default if isinstance(default, str) else json.dumps(default))
         for status in ("0", "1", "2", "3", "4", "5", "6", "129, 130, 131, 143, 141"):
             self.assertRegex(self.text, rf"(?m)^\| {status} \|", status)
+
+    def test_reference_has_the_json_keys_of_the_program(self) -> None:
+        stage = self.stage()
+        self.run_in(stage, "kodemachine start -d alpha")
+        machine = list(kodemachine.Facts._fields)
+        for row, command, others in (
+            ("list --json", "kodemachine list --json", ["list", "--size", "shared", "offline"]),
+            ("status --json LABEL", "kodemachine status --json alpha", machine),
+            ("status --json", "kodemachine status --json", []),
+            ("base list --json", "kodemachine base list --json", []),
+            ("doctor --json", "kodemachine doctor --json", []),
+        ):
+            with self.subTest(row):
+                found = json.loads(self.run_in(stage, command + " 2>/dev/null").stdout)
+                first = found[0] if isinstance(found, list) else found
+                cells = re.search(rf"(?m)^\| `{row}`.*?\| (.*) \|$", self.text)
+                assert cells
+                self.assertEqual(set(re.findall(r"`(.*?)`", cells[1])) | set(others), set(first) | set(others))
+
+    def test_readme_is_short(self) -> None:
+        """A newcomer reads it in a few minutes."""
+        self.assertLessEqual(len(self.text.splitlines()), 320)
 
 
 # ---- the architecture
