@@ -1167,8 +1167,11 @@ class Config:
             with contextlib.suppress(ValueError):
                 value = json.loads(text)
         self._check(key, value)
+        line = json.dumps({key: value})
+        if found:
+            line = line[1:-1]
         found[key] = value
-        self._write(found)
+        self._write(found, f"If another program manages that file, add this to it: {line}")
 
     def unset(self, key: str) -> None:
         """Removes one key, known or not, and keeps the others. Raises UsageError or KodeError."""
@@ -1176,12 +1179,15 @@ class Config:
         if key not in REMOVED_SETTINGS and key not in found:
             self._check(key, None)
         found.pop(key, None)
-        self._write(found)
+        self._write(found, f"If another program manages that file, remove {key} from it there.")
 
-    def _write(self, found: dict[str, Any]) -> None:
-        """A linked file keeps its link."""
+    def _write(self, found: dict[str, Any], hint: str) -> None:
+        """A linked file keeps its link. `hint`: for a file that cannot be written."""
         self._check_image(found)
-        write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
+        try:
+            write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
+        except KodeError as failure:
+            raise KodeError(failure.message, hint) from None
 
 
 # ---- memory: Record, State, orders
@@ -6574,8 +6580,12 @@ def use_if_only(ctx: Context, vm: VM) -> bool:
         if configured:
             return configured in (vm.name, vm.uuid)
         if {image.uuid for image in fleet.images} <= {vm.uuid}:
-            ctx.config.set("base_image", vm.name)
-            return True
+            try:
+                ctx.config.set("base_image", vm.name)
+                return True
+            except KodeError as failure:
+                # The image is made. Unless another one is, it is the default without this.
+                ctx.out.warn(f"{failure.message}. {failure.hint}")
     return fleet.default_image == vm.name
 
 

@@ -2313,6 +2313,18 @@ class Case(unittest.TestCase):
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def read_only(self, folder: str, argv: Sequence[str]) -> Result:
+        """Runs a command to its end while nothing can be written into a folder."""
+        if os.geteuid():
+            os.chmod(folder, 0o500)
+            self.addCleanup(os.chmod, folder, 0o700)
+            return self.run_program(argv)
+        unshare, mount = shutil.which("unshare"), shutil.which("mount")
+        if not (unshare and mount):
+            self.skipTest("root may write everywhere")
+        script = f'{mount} --bind "$0" "$0" && {mount} -o remount,bind,ro "$0" && exec "$@"'
+        return self.run_program([unshare, "-m", "/bin/sh", "-c", script, folder, *argv])
+
     # -- machines
 
     def image(self, name: str = IMAGE, **fields: Any) -> str:
@@ -6926,6 +6938,20 @@ class BaseTest(Case):
     """base list and base use: which images exist, and which one new machines come from."""
 
 
+    def test_use_and_config_set_name_the_line_for_a_file_that_cannot_be_written(self) -> None:
+        self.image()
+        folder = os.path.dirname(self.config(boot_timeout=7))
+        line = f'add this to it: "base_image": "{IMAGE}"'
+        missing = 'add this to it: {"ssh_port": 2222}'
+        for words, hint in ((("base", "use", IMAGE), line), (("config", "set", "base_image", IMAGE), line),
+                            (("config", "unset", "boot_timeout"), "remove boot_timeout from it there"),
+                            (("config", "set", "ssh_port", "2222"), missing)):
+            if hint == missing:
+                os.unlink(os.path.join(folder, "config.json"))
+            with self.subTest(words):
+                result = self.read_only(folder, self.command(*words))
+                self.assert_says(result, 1, os.path.join(folder, "config.json"), hint)
+
     def test_use_sets_the_image_and_keeps_the_other_keys(self) -> None:
         path = self.config(boot_timeout=7)
         self.image("kodeimage-v0.1.0")
@@ -7521,6 +7547,14 @@ class CreateTest(Case):
             self.assertEqual(json.load(file), {"base_image": "kodeimage-v0.1.0"})
         self.assert_says(self.create(code=4), 4, "a machine kodeimage-v0.1.0 already")
         self.assertEqual(len(self.downloads()), 1)
+
+    def test_image_is_made_although_the_configuration_cannot_be_written(self) -> None:
+        self.config()
+        words = ("base", "create", "v0.1.0", "--image", self.mirror.url + "/cloud.img", "--user", "me", "--disk", "3G")
+        result = self.read_only(os.path.join(self.home, ".config", "kodemachine"), self.command(*words))
+        self.assert_made()
+        self.assert_says(result, 0, "kodeimage-v0.1.0 is ready; to create a machine from it: kodemachine project-alpha",
+                         'add this to it: {"base_image": "kodeimage-v0.1.0"}')
 
     def test_image_that_was_configured_meanwhile_stays_configured(self) -> None:
         self.utm.fault("make", delay=1.5, when="before")
