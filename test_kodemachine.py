@@ -2035,6 +2035,7 @@ class Sshd:
             "PasswordAuthentication": "no",
             "PermitRootLogin": "yes",
             "MaxStartups": 100,
+            "LogLevel": "VERBOSE",
             "PrintMotd": "no",
             "Subsystem": "sftp internal-sftp",
         }
