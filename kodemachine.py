@@ -3376,13 +3376,59 @@ def as_words(options: dict[str, str]) -> list[str]:
     return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
 
 
-# These options of the person's own configuration would change a session: its command, its channels, its process.
+# The person's own configuration (`Host *`) applies to our sessions as well. ssh takes the first value that it finds, so
+# what is set here replaces theirs. These groups decide about all options of ssh_config(5) of OpenSSH 10.5. The person's
+# own stay: keys, certificates, agents and other ways to log in; algorithms; keep-alives; the environment; the escape
+# character; messages. None of these leads to another machine, or changes what a session does. Nor does HostKeyAlias,
+# which cannot be undone for a name: ssh then refuses the host key.
+
+# For older versions of ssh, and before all others: only unknown options after it are ignored. Three of SESSION_OPTIONS
+# came with OpenSSH 8.7, and macOS 12 has 8.6. In a file it ignores them for these hosts only, and ssh fails for all
+# others; so what is in the stanza must be older (KnownHostsCommand: 8.5).
+ANY_VERSION = {"IgnoreUnknown": "*"}
+
+# Only the host keys that kodemachine knows count, and ssh adds none to them, except the first one of a new machine.
+HOST_KEY_OPTIONS = {"GlobalKnownHostsFile": "/dev/null", "UpdateHostKeys": "no", "VerifyHostKeyDNS": "no",
+                    "HashKnownHosts": "no", "CheckHostIP": "no", "NoHostAuthenticationForLocalhost": "no",
+                    "KnownHostsCommand": "none"}
+
+# A session goes to the machine that was named, over a connection of its own. The machine gets no access to the Mac.
+ROUTE_OPTIONS = {"CanonicalizeHostname": "no", "ControlMaster": "no", "ControlPath": "none",
+                 "ForwardAgent": "no", "ForwardX11": "no"}
+
+# The way to an address is direct. (BindAddress, in `argv`, also undoes BindInterface.)
+DIRECT_OPTIONS = {"ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no", "AddressFamily": "any"}
+
+# A session of kodemachine runs the command that was asked for, or a shell, and lasts as long: --rm deletes the machine
+# after it. It opens no ports, which may be in use. For `ssh km-web`, the person's own call, their values apply.
 SESSION_OPTIONS = {"RemoteCommand": "none", "SessionType": "default", "ForkAfterAuthentication": "no",
                    "StdinNull": "no", "ClearAllForwardings": "yes", "PermitLocalCommand": "no"}
 
+# The part of these that scp does not set itself. It has a session type of its own.
+COPY_OPTIONS = {"ForkAfterAuthentication": "no", "StdinNull": "no"}
 
 # The address may not have been probed, and its ssh server may start only now. If nothing answers, ssh ends within 45 s.
 PATIENCE = {"ConnectionAttempts": "4", "ConnectTimeout": "10"}
+
+
+def user_name(name: str | None) -> str:
+    """The user in the guest: `name`, or else the login name. Raises UsageError."""
+    import pwd
+
+    hint = "Set one: kodemachine config set ssh_user NAME, or --user of base create"
+    try:
+        name = name or pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        raise UsageError(f"the user ID {os.geteuid()} has no login name", hint) from None
+    _, is_valid = SETTINGS["ssh_user"]
+    if not is_valid(name):
+        raise UsageError(f"{name!r} is not a valid user name", hint)
+    return name
+
+
+NOISE = "your login shell prints something when ssh starts kodemachine with it"
+# The file that a shell reads for a command that is not interactive.
+START_UP_FILES = {"zsh": "~/.zshenv", "fish": "~/.config/fish/config.fish", "bash": "~/.bashrc", "tcsh": "~/.tcshrc"}
 
 
 class SshConfig:
@@ -3406,25 +3452,31 @@ class SshConfig:
         return {"ServerAliveInterval": "10", "ServerAliveCountMax": "3"}
 
     def _own_options(self, is_known: bool) -> dict[str, str]:
-        """The options that tie ssh to our own host keys, whatever the person's own configuration has for `Host *`."""
+        """The options that are the same for an address and for a name.
+
+        The user is always set, because the image has that one, and a `User` for `Host *` is another. So a `User` for
+        `Host km-*` has no effect for names any more; it never had one for addresses. ssh_user is the place for it.
+        """
         def quoted(path: str) -> str:
             return '"' + path.replace("%", "%%") + '"'
-        options = {"UserKnownHostsFile": quoted(self._state.known_hosts), "GlobalKnownHostsFile": "/dev/null",
-                   "StrictHostKeyChecking": "yes" if is_known else "accept-new", "UpdateHostKeys": "no",
-                   "VerifyHostKeyDNS": "no", "HashKnownHosts": "no", "CheckHostIP": "no",
-                   "IgnoreUnknown": "*", "KnownHostsCommand": "none",
-                   "ControlMaster": "no", "ControlPath": "none", "ForwardAgent": "no", "CanonicalizeHostname": "no"}
-        if self._settings.ssh_user:
-            options["User"] = self._settings.ssh_user
+        options = {**ANY_VERSION, "UserKnownHostsFile": quoted(self._state.known_hosts),
+                   "StrictHostKeyChecking": "yes" if is_known else "accept-new",
+                   **HOST_KEY_OPTIONS, **ROUTE_OPTIONS, "User": user_name(self._settings.ssh_user)}
         if self._settings.identity_file:
             options["IdentityFile"] = quoted(self._settings.identity_file)
+            # A server refuses after six keys, and an agent may have more. It is still asked for this one.
+            options["IdentitiesOnly"] = "yes"
         return options
 
     def argv(self, vm: VM, address: str, command: Sequence[str], *, forward_agent: bool = False) -> list[str]:
         """The command line of ssh to an address. The guest's login shell joins the words of `command`."""
-        options = {"HostName": address, "HostKeyAlias": vm.name, **self._own_options(self.knows(vm.name)),
-                   "ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no",
-                   "Port": str(self._settings.ssh_port), **SESSION_OPTIONS, **PATIENCE, **self.keep_alive(address)}
+        anywhere = "::" if ":" in address else "0.0.0.0"
+        options = {**self._own_options(self.knows(vm.name)), "HostName": address, "HostKeyAlias": vm.name,
+                   "Port": str(self._settings.ssh_port), "BindAddress": anywhere,
+                   **DIRECT_OPTIONS, **SESSION_OPTIONS, **PATIENCE, **self.keep_alive(address)}
+        # A terminal would change the bytes for a program. For a person, `RequestTTY yes` is the way to run an editor.
+        if not (os.isatty(0) and os.isatty(1)):
+            options["RequestTTY"] = "auto"
         if forward_agent:
             options["ForwardAgent"] = "yes"
         return ["ssh", *as_words(options), "--", address, *command]
@@ -3432,14 +3484,49 @@ class SshConfig:
     def name_options(self, is_known: bool = True) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, through `kodemachine proxy`.
 
-        They have no Port and no HostKeyAlias, so that the host key is looked up by the plain name. The program has its
-        absolute path, because editors lack ~/bin on PATH. The proxy passes its connected socket to ssh.
+        They have the default port and no HostKeyAlias, so that the host key is looked up by the plain name. The program
+        has its absolute path, because editors lack ~/bin on PATH. The proxy passes its connected socket to ssh.
         """
         words = [*own_command(), *self._words, "proxy"]
         if not is_known:
             words.append("--learning")
         proxy = shlex.join(words).replace("%", "%%")
-        return {"ProxyCommand": f"{proxy} %h", "ProxyUseFdpass": "yes", **self._own_options(is_known)}
+        return {**self._own_options(is_known), "HostName": "%h", "Port": "22",
+                "ProxyCommand": f"{proxy} %h", "ProxyUseFdpass": "yes"}
+
+    def overruled(self) -> list[str]:
+        """Those of name_options that ssh does not use for a machine's name, with the values that it uses instead.
+
+        With ours on the command line, where they win, ssh itself prints them in the form of its answer (`ssh -G`).
+        Raises KodeError.
+        """
+        host, ours = self._settings.prefix + "x", self.name_options()
+        answers = []
+        for options in (ours, {}):
+            reply = self._utm.call("ssh", "-G", *as_words(options), "--", host)
+            if reply.outcome is not Outcome.DONE:
+                raise KodeError(f"ssh does not accept its configuration: {' '.join(reply.err.split())}",
+                                f"Fix it, then check it: ssh -G {host}")
+            answers.append(reply.out.splitlines())
+        wanted, used = answers
+        values = dict(line.partition(" ")[::2] for line in used)
+        lost = {line.partition(" ")[0] for line in wanted if line not in used}
+        return [f"{key} {values.get(key, '(unset)')}" for key in map(str.lower, ours) if key in lost]
+
+    def start_up_noise(self) -> str:
+        """The remedy if the login shell prints something when ssh starts a proxy with it; empty if it does not.
+
+        ssh expects a socket from the proxy, and reports a text with these words. Raises KodeError.
+        """
+        # Without SHLVL, as in an editor that no terminal has started, bash reads .bashrc if its input is a socket.
+        os.environ.pop("SHLVL", None)
+        reply = self._utm.call("ssh", "-F", "none", *as_words({"ProxyUseFdpass": "yes", "ProxyCommand": "true"}),
+                               "--", "start-up")
+        if "no message header" not in reply.err:
+            return ""
+        shell = os.path.basename(os.environ.get("SHELL", "sh"))
+        file = START_UP_FILES.get(shell, "its start-up file")
+        return f"Change {file}, so that it prints only in an interactive shell."
 
 
 # ---- Manager: find or clone, start, stop, delete
@@ -4031,21 +4118,6 @@ def public_key(identity_file: str | None) -> str:
         if match:
             return match.group(1)
     raise KodeError(f"there is no ssh public key at {' or '.join(places[:3])}", hint)
-
-
-def user_name(name: str | None) -> str:
-    """The user in the guest: `name`, or else the login name, as ssh does it. Raises UsageError."""
-    import pwd
-
-    hint = "Set one: kodemachine config set ssh_user NAME, or --user of base create"
-    try:
-        name = name or pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        raise UsageError(f"the user ID {os.geteuid()} has no login name", hint) from None
-    _, is_valid = SETTINGS["ssh_user"]
-    if not is_valid(name):
-        raise UsageError(f"{name!r} is not a valid user name", hint)
-    return name
 
 
 class Images:
@@ -4785,6 +4857,22 @@ class Doctor:
             return []
         return [(WARNING, "there is no key in ~/.ssh or in an ssh agent, but ssh's configuration may name another one",
                  "To create a key, before you seal or create an image: ssh-keygen -t ed25519")]
+
+    @doctor_check("ssh-names", passed="ssh reaches machines by name")
+    def _ssh_names(self) -> Iterable[Result]:
+        """Whether ssh uses the whole stanza of `ssh-config`, if any of it."""
+        overruled = self._manager.ssh.overruled()
+        if any(line.startswith("proxycommand ") for line in overruled):
+            yield OK, "ssh does not know machines by name; to change that: kodemachine ssh-config --install", ""
+        elif overruled:
+            yield (WARNING, f"for machines by name, ssh uses: {', '.join(overruled)}",
+                   "To put kodemachine's own values first: kodemachine ssh-config --install")
+
+    @doctor_check("shell", needs="ssh-names", passed="the login shell prints nothing when ssh starts it")
+    def _shell(self) -> Iterable[Result]:
+        remedy = self._manager.ssh.start_up_noise()
+        if remedy:
+            yield WARNING, f"ssh, git and editors cannot connect by name: {NOISE}", remedy
 
     @doctor_check("names", needs="utm", passed="no two machines share a name")
     def _names(self) -> Iterable[Result]:
@@ -5994,7 +6082,9 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
         with manager.holding(label):
             pinned &= manager.running(label)[2]
     ctx.out.end_step()
-    options = {**manager.ssh.name_options(pinned), **manager.ssh.keep_alive(prefix + labels[0])}
+    options = {**manager.ssh.name_options(pinned), **COPY_OPTIONS, **manager.ssh.keep_alive(prefix + labels[0])}
+    # ssh starts our proxy with this shell. sh reads no start-up file, which could print something first.
+    os.environ["SHELL"] = "/bin/sh"
     recursive = ["-r"] if opts.recursive else []
     exec_ssh(["scp", *recursive, "-3", *as_words(options), "--", *operands])
 
@@ -6662,38 +6752,72 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     return 0
 
 
+PASTE = "To show the lines and paste them: kodemachine ssh-config"
+
+
+def write_stanza(path: str, stanza: str) -> None:
+    """Writes kodemachine's own file for ssh. Raises KodeError."""
+    with explained(path):
+        existing = read_text(path, "surrogateescape")
+    if existing and " proxy %h" not in existing:
+        raise KodeError(f"{path} is not kodemachine's file and is not replaced",
+                        "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
+    if existing != stanza:
+        try:
+            write_file(path, stanza)
+        except KodeError as failure:
+            raise KodeError(failure.message, PASTE) from None
+
+
+def include_first(theirs: str, include: str) -> None:
+    """Makes a line the first one of the person's ssh configuration. Raises KodeError.
+
+    ssh uses the first value that it finds, and below a Host line the line would count only for that host.
+    """
+    with explained(theirs, PASTE):
+        before = read_text(theirs, "surrogateescape") or ""
+    others = "".join(line for line in before.splitlines(keepends=True) if line.strip() != include)
+    try:
+        if before:
+            write_file(theirs + ".before-kodemachine", before)
+        write_file(os.path.realpath(theirs), f"{include}\n\n{others}")
+    except KodeError as failure:
+        raise KodeError(failure.message, f"Add this line before all others of {theirs}: {include}") from None
+
+
+def install_stanza(ctx: Context, stanza: str) -> None:
+    """Lets ssh use the stanza before all else, and proves it. Raises KodeError."""
+    ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
+    write_stanza(ours, stanza)
+    # ssh takes these for a pattern (glob(3)).
+    include_first(os.path.expanduser("~/.ssh/config"), 'Include "' + re.sub(r"[][*?]", r"\\\g<0>", ours) + '"')
+    overruled = ctx.manager.ssh.overruled()
+    if overruled:
+        host = ctx.manager.settings.prefix + "x"
+        raise KodeError(f"~/.ssh/config now includes {ours}, but ssh uses: {', '.join(overruled[:3])}",
+                        f"To see the files that ssh reads: ssh -v {host}. Put these lines at the top of one: "
+                        "kodemachine ssh-config")
+
+
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
          examples=["ssh-config --install"])
 def cmd_ssh_config(ctx: Context, opts: Arguments) -> int:
     """let ssh, scp, rsync, git and editors use machines by name"""
-    prefix = ctx.manager.settings.prefix
+    ssh, prefix = ctx.manager.ssh, ctx.manager.settings.prefix
     stanza = f"Host {prefix}*\n"
-    for key, value in ctx.manager.ssh.name_options().items():
+    for key, value in ssh.name_options().items():
         stanza += f"  {key} {value}\n"
     if not opts.install:
         ctx.out.result(stanza.rstrip())
         ctx.out.note("Paste this before the first Host line of ~/.ssh/config, or: kodemachine ssh-config --install")
         return 0
-    ours = os.path.join(os.path.dirname(ctx.config.path), "ssh_config")
-    theirs = os.path.expanduser("~/.ssh/config")
-    with explained(theirs, "To show the lines and paste them: kodemachine ssh-config"):
-        before = read_text(theirs, "surrogateescape") or ""
-    with explained(ours):
-        existing = read_text(ours, "surrogateescape")
-    if existing and " proxy %h" not in existing:
-        raise KodeError(f"{ours} is not kodemachine's file and is not replaced",
-                        "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
-    write_file(ours, stanza)
-    include = f'Include "{ours}"'
-    if include not in before.splitlines():
-        try:
-            if before:
-                write_file(theirs + ".before-kodemachine", before)
-            write_file(os.path.realpath(theirs), f"{include}\n\n{before}")
-        except KodeError as failure:
-            ctx.out.warn(f"{failure.message}. Add this line before the first Host line of {theirs}: {include}")
-            return 0
-    ctx.out.note(f"ssh {prefix}LABEL works now ({ours}, included in ~/.ssh/config)")
+    # Another program may manage the files, and have these lines already.
+    if ssh.overruled():
+        install_stanza(ctx, stanza)
+    remedy = ssh.start_up_noise()
+    if remedy:
+        raise KodeError(f"ssh {prefix}LABEL does not work yet, because {NOISE}", remedy)
+    ctx.out.note(f"ssh {prefix}LABEL works now")
     return 0
 
 

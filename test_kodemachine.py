@@ -1682,6 +1682,8 @@ class Osascript(Tool):
 
 def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
     """For the demo, where there may be no sshd: becomes a shell in the guest's folder, with the guest's programs."""
+    if argv[:1] == ["-G"]:
+        raise Exit(0, "")       # it has no configuration that could win over the options of its command line
     name = next((word.partition("=")[2] for word in argv if word.startswith("HostKeyAlias=")), None)
     if name is None:
         raise Exit(255, "This ssh is an imitation that only kodemachine can use. For cp and names it takes a real one.")
@@ -5671,8 +5673,9 @@ class DoctorTest(Case):
     """doctor: each of its findings, and none for a healthy installation."""
 
     CHECKS = [
-        "user", "utmctl", "version", "automation", "utm", "osascript", "image", "devices", "ssh-key", "names", "macs",
-        "offline", "host-keys", "machine-ids", "addresses", "copies", "space", "sizes", "leftovers", "network",
+        "user", "utmctl", "version", "automation", "utm", "osascript", "image", "devices", "ssh-key", "ssh-names",
+        "shell", "names", "macs", "offline", "host-keys", "machine-ids", "addresses", "copies", "space", "sizes",
+        "leftovers", "network",
     ]  # fmt: skip
 
     def setUp(self) -> None:
@@ -7996,6 +7999,56 @@ class ConfigTest(Case):
         self.assertEqual(self.read(self.path), '{\n  "ssh_user": "me"\n}\n')
 
 
+LOGIN = pwd.getpwuid(os.getuid()).pw_name
+# The worst `Host *`: for each option its value there, the lines of `ssh -G` for a session of kodemachine, and those for
+# `ssh km-a`. None: the person's own value applies. {address}, {port} and {known} are the machine's. An empty text: the
+# option is not set.
+WORST: dict[str, tuple[str, str | None, str | None]] = {
+    "HostName": ("%h.corp.example.com", "{address}", "km-a"),
+    "User": ("deploy", LOGIN, LOGIN),
+    "Port": ("2222", "{port}", "22"),
+    "ProxyJump": ("nobody@192.0.2.1", "", ""),
+    "AddressFamily": ("inet6", "any", None),
+    "BindAddress": ("192.0.2.9", "0.0.0.0", None),
+    "BindInterface": ("nosuch0", None, None),                   # undone by BindAddress
+    "CanonicalizeHostname": ("always", "false", "false"),
+    "ControlMaster": ("auto", "false", "false"),
+    "ControlPath": ("/nonexistent/%C", "", ""),
+    "ControlPersist": ("5", None, None),                        # nothing without ControlPath
+    "ForwardAgent": ("yes", "no", "no"),
+    "ForwardX11": ("yes", "no", "no"),
+    "StrictHostKeyChecking": ("no", "true", "true"),
+    "UserKnownHostsFile": ("/dev/null", "{known}", "{known}"),
+    "GlobalKnownHostsFile": ("/nonexistent/hosts", "/dev/null", "/dev/null"),
+    "UpdateHostKeys": ("yes", "false", "false"),
+    "VerifyHostKeyDNS": ("yes", "false", "false"),
+    "HashKnownHosts": ("yes", "no", "no"),
+    "CheckHostIP": ("yes", "no", "no"),
+    "NoHostAuthenticationForLocalhost": ("yes", "no", "no"),
+    "KnownHostsCommand": ("/bin/echo %H", "", ""),
+    "RemoteCommand": ("tmux new -A", "", None),
+    "SessionType": ("none", "default", None),
+    "ForkAfterAuthentication": ("yes", "no", None),
+    "StdinNull": ("yes", "no", None),
+    "RequestTTY": ("force", "auto", None),
+    "LocalForward": ("1 [localhost]:1", "", None),
+    "RemoteForward": ("2 [localhost]:2", "", None),
+    "DynamicForward": ("3", "", None),
+    "Tunnel": ("point-to-point", "false", None),
+    "PermitLocalCommand": ("yes", "no", None),
+    "LocalCommand": ("touch /nonexistent/file", None, None),    # nothing without PermitLocalCommand
+    "ConnectionAttempts": ("9", "4", None),
+    "ConnectTimeout": ("99", "10", None),
+    # These are the person's own in every session.
+    "ServerAliveInterval": ("240", None, None),
+    "SendEnv": ("KODEMACHINE_TEST", None, None),
+    "SetEnv": ("KODEMACHINE=test", None, None),
+    "IdentityAgent": ("/nonexistent/agent", None, None),
+    "EscapeChar": ("none", None, None),
+    "LogLevel": ("VERBOSE", None, None),
+}
+
+
 class SshConfigTest(Case):
     """ssh-config: ssh, scp and other programs reach machines by name."""
 
@@ -8005,6 +8058,122 @@ class SshConfigTest(Case):
 
     def by_name(self, *argv: str) -> Result:
         return self.run_program([shutil.which(argv[0], path=self.environment["PATH"]) or argv[0], *argv[1:]])
+
+    def home_configuration(self, text: str) -> str:
+        """Writes ~/.ssh/config, which every ssh of this test reads before its other options; returns its path.
+
+        ssh itself takes the home from the list of users (getpwuid), where it is another one.
+        """
+        path = self.write(".ssh/config", text)
+        os.chmod(os.path.dirname(path), 0o700)
+        self.write(self.ssh_config, f'Include "{path}"\nHost *\n{self.read(self.ssh_config).partition("Host *")[2]}')
+        return path
+
+    WORST_LINES = "".join(f"  {option} {value}\n" for option, (value, _, _) in WORST.items())
+
+    def worst(self) -> None:
+        """Every ssh gets the worst `Host *` after the stanza, and no `ssh_user` is configured."""
+        self.config(ssh_port=self.server.port)
+        keys = self.read(self.ssh_config).partition("Host *\n")[2]
+        self.write(self.ssh_config, f"{self.km('ssh-config').out}Host *\n{keys}{self.WORST_LINES}")
+
+    def printed(self, *argv: str) -> dict[str, str]:
+        """What `ssh -G` prints for a command line."""
+        result = self.by_name("ssh", "-G", *argv)
+        self.assertEqual(result.code, 0, result.err)
+        return dict(line.partition(" ")[::2] for line in result.out.splitlines())
+
+    def test_worst_configuration_for_all_hosts_leaves_only_what_is_the_persons_own(self) -> None:
+        self.worst()
+        self.assertEqual(self.km("a", "--", "true").code, 0)
+        places = {"address": self.server.hosts[0], "port": self.server.port,
+                  "known": os.path.join(self.state, "known_hosts")}
+        session, by_name = self.printed(*self.utm.calls(tool="ssh")[-1]["argv"]), self.printed("km-a")
+        plain = self.printed("-F", self.write("only this", f"IgnoreUnknown *\n{self.WORST_LINES}"), "km-a")
+        for option, (_, in_session, for_name) in WORST.items():
+            key = option.lower()
+            for found, wanted in ((session, in_session), (by_name, for_name)):
+                with self.subTest(option, session=found is session):
+                    if key in plain or wanted is not None:
+                        wanted = plain[key] if wanted is None else wanted.format(**places)
+                        self.assertEqual(found.get(key, ""), wanted)
+
+    def test_sessions_and_copies_do_their_work_under_the_worst_configuration(self) -> None:
+        self.image()
+        self.remove("km-b")
+        self.worst()
+        # A session that ssh continues in the background would end this run, and --rm would delete its machine.
+        exists = f"sleep 0.3; grep -q km-web '{self.utm.fake.path('state')}' && echo still there"
+        result = self.km("web", "--rm", "--", exists)
+        self.assertEqual((result.code, result.out), (0, "still there\n"), result.err)
+        self.assertNotIn("km-web", self.utm.names())
+        echoed = self.km("a", "--", "cat", stdin="hello")
+        self.assertEqual((echoed.code, echoed.out), (0, "hello"), echoed.err)
+        copy = os.path.join(self.folder, "copy")
+        copied = self.km("cp", self.ssh_config, f"a:{copy}")
+        self.assertEqual((copied.code, os.path.exists(copy)), (0, True), copied.err)
+        # These are the person's own wishes for a plain ssh. The rest would lead to another machine or user.
+        theirs = {"RemoteCommand": "none", "SessionType": "default", "ForkAfterAuthentication": "no",
+                  "StdinNull": "no", "RequestTTY": "no", "ClearAllForwardings": "yes"}
+        named = self.by_name("ssh", *kodemachine.as_words(theirs), "km-a", "id -un")
+        self.assertEqual((named.code, named.out), (0, LOGIN + "\n"), named.err)
+
+    def test_first_boot_runs_to_its_end_under_the_worst_configuration(self) -> None:
+        self.image()
+        self.remove("km-b")
+        self.worst()
+        done = os.path.join(self.folder, "done")
+        self.use(first_boot=self.write("first boot", f"sleep 0.3\necho done >'{done}'\n"))
+        self.assert_says(self.km("start", "-d", "web"), 0)
+        self.assertTrue(os.path.exists(done))
+
+    def test_person_keeps_port_forwardings_for_a_name(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.ssh_options(f"LocalForward 127.0.0.1:{port} {self.server.hosts[0]}:{self.server.port}\n")
+        process = self.start_program([os.path.join(self.bin, "ssh"), "km-a", "echo up; cat"], input_follows=True)
+        assert process.stdout
+        self.assertEqual(process.stdout.readline(), b"up\n")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            self.assertEqual(connection.recv(4), b"SSH-")
+        self.ended(process, "")
+
+    def test_key_of_identity_file_is_offered_before_the_server_gives_up(self) -> None:
+        """sshd allows six tries (MaxAuthTries), and each key of an agent is one."""
+        sock = os.path.join(self.folder, "agent")
+        agent = self.start_program(["ssh-agent", "-D", "-a", sock])
+        wait_for(lambda: os.path.exists(sock) or agent.poll() is not None)
+        self.environment["SSH_AUTH_SOCK"] = sock
+        for number in range(7):
+            self.assertEqual(self.by_name("ssh-add", "-q", self.server._make_key(f"other{number}")).code, 0)
+        public = self.write("only public.pub", self.read(self.server.user_key + ".pub"))
+        self.assertEqual(self.by_name("ssh-add", "-q", self.server.user_key).code, 0)
+        for key in (self.server.user_key, public, public.removesuffix(".pub")):
+            self.use(identity_file=key)
+            self.write(self.ssh_config, self.km("ssh-config").out)
+            with self.subTest(key):
+                self.assert_says(self.km("a", "--", "true"), 0)
+                self.assertEqual(self.by_name("ssh", "km-a", "true").code, 0)
+                self.assert_says(self.km("cp", "a:/etc/passwd", "."), 0)
+            if key == self.server.user_key:
+                self.assertEqual(self.by_name("ssh-add", "-q", "-d", key + ".pub").code, 0)
+                self.assert_says(self.km("a", "--", "true"), 0)         # from the file
+                self.assertEqual(self.by_name("ssh-add", "-q", key).code, 0)
+
+    def test_a_connection_is_always_a_login(self) -> None:
+        """From OpenSSH 9.8 on, sshd refuses a person for a while after connections without one."""
+        copy = os.path.join(self.home, "copy")
+        table = [("a", "--", "true"), ("ssh", "a", "--", "true"), ("cp", "/etc/passwd", f"a:{copy}"),
+                 ("ip", "a"), ("status", "a"), ("list",)]
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        before = len(self.server.log())
+        for words in table:
+            self.assert_says(self.km(*words), 0)
+        self.assertEqual(self.by_name("ssh", "km-a", "true").code, 0)
+        wait_for(lambda: self.server.log().count("Disconnected from user", before) == 4)
+        log = self.server.log()[before:]
+        self.assertEqual((log.count("Connection from "), log.count("Accepted publickey")), (4, 4), log)
 
     def test_ssh_reaches_a_machine_by_name(self) -> None:
         self.utm.fault("ip-address", delay=0.8)     # long enough for a line of progress, which would be in the way
@@ -8101,9 +8270,7 @@ class SshConfigTest(Case):
         self.assertIn("REMOTE HOST IDENTIFICATION HAS CHANGED", self.km("cp", note, f"a:{there}").err)
 
     def test_install_includes_the_stanza_once_and_keeps_the_rest(self) -> None:
-        theirs = os.path.join(self.home, ".ssh", "config")
-        os.mkdir(os.path.dirname(theirs), 0o700)
-        self.write(theirs, "Host *\n  ForwardAgent yes\n")
+        theirs = self.home_configuration("Host *\n  ForwardAgent yes\n")
         for _ in range(2):
             self.assertEqual(self.km("ssh-config", "--install").code, 0)
         lines = self.read(theirs).splitlines()
@@ -8111,12 +8278,105 @@ class SshConfigTest(Case):
         self.assertEqual(self.read(lines[0].split('"')[1]), self.km("ssh-config").out)
         self.assertEqual(self.read(theirs + ".before-kodemachine"), "Host *\n  ForwardAgent yes\n")
 
+    def test_install_moves_its_line_above_all_that_would_win(self) -> None:
+        theirs = self.home_configuration("")
+        self.assert_says(self.km("ssh-config", "--install"), 0, "ssh km-LABEL works now")
+        line = self.read(theirs).splitlines()[0]
+        for before in (f"Host web\n  {line}\n", f"StrictHostKeyChecking no\nUser deploy\n{line}\n",
+                       f"# mine\n\nHost *\n  ProxyJump nobody@192.0.2.1\n{line}\n{line}\n"):
+            with self.subTest(before):
+                self.write(theirs, before)
+                self.assert_says(self.km("ssh-config", "--install"), 0, "ssh km-LABEL works now")
+                self.assertEqual(self.read(theirs).splitlines()[0], line)
+                self.assertEqual(self.read(theirs).count(line), 1)
+                self.assertEqual(self.by_name("ssh", "km-a", "echo here")[:2], (0, "here\n"))
+        kept = f"# mine\n{self.read(theirs)}"
+        self.write(theirs, kept)
+        self.assert_says(self.km("ssh-config", "--install"), 0)
+        self.assertEqual(self.read(theirs), kept, "it is in effect")
+
+    def test_install_in_a_folder_whose_name_is_a_pattern(self) -> None:
+        self.home_configuration("")
+        folder = os.path.join(self.home, "dot[files] *?")
+        self.write(os.path.join(folder, "kodemachine", "config.json"), json.dumps(self.uses))
+        result = self.km("ssh-config", "--install", env={"XDG_CONFIG_HOME": folder})
+        self.assert_says(result, 0, "ssh km-LABEL works now")
+        self.assertEqual(self.by_name("ssh", "km-a", "echo here")[:2], (0, "here\n"))
+
+    def test_install_does_not_claim_what_ssh_does_not_do(self) -> None:
+        self.home_configuration("Port frob\n")
+        self.assert_says(self.km("ssh-config", "--install"), 1, "Bad port", "ssh -G km-x")
+        self.write(self.ssh_config, "User deploy\n")           # the file that ssh reads is another one
+        result = self.km("ssh-config", "--install")
+        self.assert_says(result, 1, "stricthostkeychecking ask", "ssh -v km-x")
+        self.assertNotIn("works now", result.err)
+
+    def test_install_with_a_read_only_configuration(self) -> None:
+        theirs = self.home_configuration("Host *\n  ForwardX11 yes\n")
+        dotfiles = os.path.join(self.folder, "dotfiles")
+        os.mkdir(dotfiles)
+        managed = os.path.join(dotfiles, "config")
+        os.rename(theirs, managed)
+        os.symlink(managed, theirs)
+        result = self.read_only(dotfiles, self.command("ssh-config", "--install"))
+        self.assert_says(result, 1, managed)
+        [line] = re.findall(r"Add this line before all others of \S.*?: (Include .*)\n", result.err)
+        os.chmod(dotfiles, 0o700)
+        self.write(managed, f"{line}\n{self.read(managed)}")
+        result = self.read_only(dotfiles, self.command("ssh-config", "--install"))
+        self.assert_says(result, 0, "ssh km-LABEL works now")
+        os.unlink(os.path.join(self.home, ".config", "kodemachine", "ssh_config"))
+        folder = os.path.join(self.home, ".config", "kodemachine")
+        result = self.read_only(folder, self.command("ssh-config", "--install"))
+        self.assert_says(result, 1, folder, "paste them: kodemachine ssh-config")
+        os.chmod(folder, 0o700)
+        self.write(managed, self.km("ssh-config").out)
+        result = self.read_only(folder, self.command("ssh-config", "--install"))
+        self.assert_says(result, 0, "ssh km-LABEL works now")
+        self.assertEqual(self.by_name("ssh", "km-a", "echo here")[:2], (0, "here\n"))
+
+    def test_start_up_file_that_prints_is_reported_and_does_not_disturb_cp(self) -> None:
+        self.home_configuration("")
+        self.assert_says(self.km("ssh-config", "--install"), 0)
+        tried = 0
+        for shell, file in (("zsh", ".zshenv"), ("bash", ".bashrc"), ("fish", ".config/fish/config.fish")):
+            found = shutil.which(shell)
+            if not found:
+                continue
+            tried += 1
+            self.environment["SHELL"] = found
+            with self.subTest(shell):
+                self.assert_says(self.km("ssh-config", "--install"), 0, "works now")
+                self.write(file, "echo welcome\n")
+                self.assertEqual(self.by_name("ssh", "km-a", "true").code, 255)
+                self.assert_says(self.km("ssh-config", "--install"), 1, "prints something", f"Change ~/{file}, so that")
+                doctor = json.loads(self.km("doctor", "--json").out)
+                [said] = [finding for finding in doctor if finding["check"] == "shell"]
+                self.assertEqual((said["level"], f"~/{file}" in said["remedy"]), ("warning", True), said)
+                self.assert_says(self.km("cp", "a:/etc/passwd", "."), 0)
+        self.assertGreater(tried, 0)
+
+    def test_doctor_reports_an_option_that_wins_over_the_stanza(self) -> None:
+        def found() -> tuple[str, str]:
+            checks = json.loads(self.km("doctor", "--json").out)
+            [said] = [finding for finding in checks if finding["check"] == "ssh-names"]
+            return said["level"], said["message"]
+        theirs = self.home_configuration("")
+        self.assertEqual(found(), ("ok", "ssh does not know machines by name; to change that: "
+                                         "kodemachine ssh-config --install"))
+        self.assert_says(self.km("ssh-config", "--install"), 0)
+        self.assertEqual(found(), ("ok", "ssh reaches machines by name"))
+        self.write(theirs, f"User deploy\nStrictHostKeyChecking no\n{self.read(theirs)}")
+        self.assertEqual(found(), ("warning", "for machines by name, ssh uses: stricthostkeychecking false, "
+                                              "user deploy"))
+
     def test_install_overwrites_no_file_of_the_user(self) -> None:
         with open(self.config(ssh_port=22), encoding="utf-8") as file:
             text = file.read()
         for name, content in (("config.json", text), ("ssh_config", "Host mine\n")):
             with open(os.path.join(self.home, name), "w", encoding="utf-8") as file:
                 file.write(content)
+        self.write(self.ssh_config, "")
         result = self.km("--config", "config.json", "ssh-config", "--install")
         self.assertEqual(result.code, 1)
         self.assertIn(f"{file.name} is not kodemachine's file and is not replaced", result.err)
@@ -8124,8 +8384,7 @@ class SshConfigTest(Case):
         self.assertFalse(os.path.exists(os.path.join(self.home, ".ssh")))
 
     def test_install_keeps_text_that_is_not_utf8(self) -> None:
-        theirs = os.path.join(self.home, ".ssh", "config")
-        os.mkdir(os.path.dirname(theirs), 0o700)
+        theirs = self.home_configuration("")
         before = b"# caf\xe9\nHost caf\xe9\n"
         with open(theirs, "wb") as octets:
             octets.write(before)
@@ -8171,7 +8430,8 @@ class SshConfigTest(Case):
         self.assertIn("Host dev-*\n", stanza)
         self.assertIn("  User me\n", stanza)
         self.assertIn(f'  IdentityFile "{self.home}/a key"\n', stanza)
-        self.assertNotRegex(stanza, "(?m)^ *(Port|HostKeyAlias)")
+        self.assertIn("  Port 22\n", stanza)            # with another one, a host key would be looked up as [name]:port
+        self.assertNotIn("HostKeyAlias", stanza)
         self.assertIn(json.dumps(self.home)[1:-1], stanza)
 
 
