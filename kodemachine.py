@@ -506,8 +506,8 @@ OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
 PROGRAMS = ("osascript", "curl", "hdiutil", "sysctl", "ssh", "ssh-add")
 
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
-               "Automation. To be asked again: tccutil reset AppleEvents. It does not work from an ssh session or "
-               "before somebody has logged in at the screen.")
+               "Automation. It does not work from an ssh session or before somebody has logged in at the screen. "
+               "To be asked again: tccutil reset AppleEvents")
 
 
 def event_numbers(err: str) -> tuple[int, ...]:
@@ -794,7 +794,7 @@ class Utmctl:
             return KodeError(f"{program} was not found on PATH",
                              "It is a part of macOS: check that /usr/bin and /usr/sbin are on PATH.")
         where = f" at {self._configured}" if self._configured else ""
-        return Unreachable(f"utmctl was not found{where}", "Install UTM (brew install --cask utm), or set the path of "
+        return Unreachable(f"utmctl was not found{where}", "Install UTM: brew install --cask utm; or set the path of "
                            "its utmctl: kodemachine config set utmctl PATH")
 
     def begin(self, verb: str, *args: str, limit: float | None = None, keep: Sequence[int] = ()) -> Call:
@@ -3415,7 +3415,7 @@ def user_name(name: str | None) -> str:
     """The user in the guest: `name`, or else the login name. Raises UsageError."""
     import pwd
 
-    hint = "Set one: kodemachine config set ssh_user NAME, or --user of base create"
+    hint = "Use --user of base create, or set one: kodemachine config set ssh_user NAME"
     try:
         name = name or pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -4106,7 +4106,7 @@ def public_key(identity_file: str | None) -> str:
         hint = "Name the key that you use: kodemachine config set identity_file PATH"
     else:
         places = [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in KEY_KINDS]
-        hint = "Make one: ssh-keygen -t ed25519, or name yours: kodemachine config set identity_file PATH"
+        hint = "Make one: ssh-keygen -t ed25519; or name yours: kodemachine config set identity_file PATH"
     for place in places:
         line = ""
         with contextlib.suppress(OSError):
@@ -4680,7 +4680,7 @@ NEWEST_KNOWN = (5, 0, 9)
 
 def judge_version(version: str) -> Result:
     """The result for a version of UTM, such as "5.0.9"; empty if it is unknown."""
-    update = "Update UTM: brew upgrade --cask utm, or in the App Store"
+    update = "Update UTM in the App Store, or: brew upgrade --cask utm"
     number = tuple(map(int, re.findall(r"\d{1,6}", version)[:3]))
     if not number:
         return WARNING, "UTM does not report its version: it is older than 4.7.2, or does not answer", update
@@ -4930,7 +4930,7 @@ class Doctor:
         groups = [" and ".join(names) for names in grouped(pairs).values() if len(names) > 1]
         for group in dict.fromkeys(groups):
             yield (WARNING, f"{group} {problem}",
-                   "Seal an image (kodemachine base seal LABEL --as vX.Y.Z), then replace each of these machines: "
+                   "Seal an image: kodemachine base seal LABEL --as vX.Y.Z; then replace each of these machines: "
                    "kodemachine start LABEL --fresh")
 
     @doctor_check("addresses", needs="utm", passed="no two running clones share an IP address")
@@ -5069,7 +5069,6 @@ class Doctor:
                 f"Check the console: kodemachine attach {self._running[addresses[0]][0].label}")
 
 
-CHECK_WIDTH = max(len(check.name) for check in CHECKS)
 # ---- serial console
 
 OLD_DEVICE = "UTM may still report the device of an earlier run. Stop the machine and start it again."
@@ -5299,34 +5298,90 @@ def truncate(text: str, width: int) -> str:
     return text
 
 
-def aligned(columns: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table with these columns."""
+Column = Sequence[str]
+
+
+def table_width(columns: Sequence[Column]) -> int:
+    """Columns of a terminal that a table occupies."""
+    return sum(max(map(display_width, column)) for column in columns) + 2 * (len(columns) - 1)
+
+
+def fitting(columns: Sequence[Column], width: int | None, expendable: Sequence[str]) -> list[Column]:
+    """The columns of a table that remain if it must be at most `width` wide (None: all). The first cell is the heading.
+
+    Expendable columns are removed until the table fits: first those without any value, then the others, both in the
+    order of `expendable`.
+    """
+    kept = list(columns)
+    empty = {name for name, *cells in columns if set(cells) <= {"-"}}
+    for candidate in sorted(expendable, key=lambda name: name not in empty):
+        if width is None or table_width(kept) <= width:
+            break
+        kept = [column for column in kept if column[0] != candidate]
+    return kept
+
+
+def table(columns: Sequence[Column], paint: Callable[[str, str], str] = lambda heading, cell: cell) -> str:
+    """Lines with aligned columns, each of which begins with its heading. `paint` may add colours to a cell."""
     widths = [max(map(display_width, column)) for column in columns]
     lines = []
     for row in zip(*columns):
-        cells = [cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths)]
+        cells = []
+        for column, cell, width in zip(columns, row, widths):
+            cells.append(paint(column[0], cell) + " " * (width - display_width(cell)))
         lines.append("  ".join(cells).rstrip())
-    return lines
+    return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None,
-          expendable: Sequence[str] = ()) -> str:
-    """Lines with aligned columns, at most `width` wide (None: as wide as they are).
+def wrapped(text: str, columns: int, first: str, later: str) -> list[str]:
+    """The lines of a text, broken between words. `first` and `later`: indentation of the first line and the others."""
+    import textwrap
 
-    A table that is too wide loses expendable columns until it fits: first those without any value, then the others,
-    both in the order of `expendable`. If it is still too wide, its lines are truncated.
+    return textwrap.wrap(text, columns, initial_indent=first, subsequent_indent=later,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+# A command that a message offers: the whole message, or from a colon up to "; " and the next offer. (Not a usage.)
+PASTED = (r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?")
+TO_PASTE = re.compile(rf"(?:^|(?<=: ))(?:{PASTED}) (?!\[).*?(?=; [a-z][^:;]*: kodemachine |$)")
+
+
+def laid_out(text: str, columns: int | None, first: str, later: str, bold: Callable[[str], str]) -> str:
+    """A message, wrapped for a terminal (None: not for one). `first` and `later`: indentation.
+
+    A command in it is bold. It is never broken, because it is pasted: if the message does not fit into one line, each
+    command has a line of its own.
     """
-    columns = list(zip(header, *rows))
-    lines = aligned(columns)
-    if width is None:
-        return "\n".join(lines)
-    empty = {name for name, *cells in columns if set(cells) <= {"-"}}
-    for candidate in sorted(expendable, key=lambda name: name not in empty):
-        if max(map(display_width, lines)) <= width:
-            break
-        columns = [column for column in columns if column[0] != candidate]
-        lines = aligned(columns)
-    return "\n".join(truncate(line, width) for line in lines)
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if columns is None or display_width(first + line) <= columns:
+            lines.append(first + TO_PASTE.sub(lambda match: bold(match.group()), line))
+            continue
+        begin, indent = 0, first
+        for command in TO_PASTE.finditer(line):
+            lines += wrapped(line[begin:command.start()].lstrip("; "), columns, indent, later)
+            lines.append((later + "  " if command.start() else first) + bold(command.group()))
+            begin, indent = command.end(), later
+        lines += wrapped(line[begin:], columns, indent, later)
+    return "\n".join(lines)
+
+
+def fitted_help(text: str, columns: int | None) -> str:
+    """A text in which some lines have two columns, such as a help, wrapped for a terminal (None: not for one)."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()))
+        row = re.match(r"( *\S.*?  +)(\S.*)", line)
+        # Newer versions of argparse colour lines that they have wrapped themselves.
+        if columns is None or display_width(line) <= columns or "\x1b" in line:
+            lines.append(line)
+        elif row and columns - len(row[1]) >= 24:
+            lines += wrapped(line, columns, "", " " * len(row[1]))
+        elif row:
+            lines += [row[1].rstrip(), *wrapped(row[2], columns, indent + "    ", indent + "    ")]
+        else:
+            lines.append(laid_out(line.lstrip(), columns, indent, indent + "  ", str))
+    return "\n".join(lines)
 
 
 def discard_output(handle: int) -> None:
@@ -5344,78 +5399,185 @@ def terminal_columns(handle: int) -> int | None:
         return None
 
 
-class Terminal(Notes):
-    """Results on stdout, the rest on stderr, all made printable here. A terminal shows one live line per step."""
+# Codes of colours that can be read on a light and on a dark background: yellow, blue and cyan cannot.
+BOLD, DIM, RED, GREEN, MAGENTA = 1, 2, 31, 32, 35
 
-    ERASE_LINE = "\r\x1b[K"
-    DIM, RED, NORMAL = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+
+class LiveLine:
+    """A line that shows the current step until its end: of one of several machines, or of the whole command."""
+
+    def __init__(self, label: str, text: str) -> None:
+        """`label`: the machine, with blanks up to the width of all labels; "" for the whole command."""
+        self.label, self.progress = label, ""
+        self._began = time.monotonic()
+        self.change(text)
+
+    def clock(self) -> str:
+        """The progress and the seconds since the beginning, for the end of a line. Empty in the first second."""
+        elapsed = time.monotonic() - self._began
+        if elapsed < 0.95:
+            return ""
+        return f"  {self.progress}{elapsed:.0f} s"
+
+    def change(self, text: str) -> None:
+        """The next step. The machine is at the beginning of the line already, so its name is removed from the end."""
+        if self.label:
+            name = re.escape(self.label.rstrip())
+            text = self.label + "  " + re.sub(rf"( to| on| of)? \S*{name}$", "", text)
+        self._text = text
+
+    def shown(self, columns: int | None = None) -> str:
+        """The line, cut to fit into `columns` together with its clock."""
+        text, clock = self._text, self.clock()
+        if columns is not None:
+            text = truncate(text, columns - display_width(clock))
+        return text + clock
+
+
+class Terminal(Notes):
+    """Results on stdout, the rest on stderr, all made printable here.
+
+    A terminal shows live lines below everything else: one for the current step, or one for each of several machines.
+    """
+
     REPAINT_AFTER = 0.5     # seconds
 
     def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
         """`quiet`: no progress and no notes. `verbose`: shows external calls. `as_json`: errors are JSON objects."""
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
         self._is_terminal = sys.stderr.isatty()
-        self._is_live = self._is_terminal and os.environ.get("TERM", "dumb") != "dumb"
-        self._has_colour = self._is_live and not os.environ.get("NO_COLOR")
-        # Several machines are worked on by several threads.
+        can_paint = os.environ.get("TERM", "dumb") != "dumb"
+        has_colour = can_paint and not os.environ.get("NO_COLOR")
+        # By the handles of stdout and stderr.
+        self._has_colour = {1: has_colour and sys.stdout.isatty(), 2: has_colour and self._is_terminal}
+        self.is_live = can_paint and self._is_terminal
+        # Several machines are worked on by several threads, each of which has its own line.
         self._lock = threading.RLock()
-        # The live line: its text (None: there is none), how far the step has come, and when it began and was painted.
-        self._step: str | None = None
-        self._progress = ""
-        self._began = 0.0
+        self._thread = threading.local()
+        self._live: list[LiveLine] = []
+        # The widths of the lines on the screen, and when they were painted.
+        self._widths: list[int] = []
         self._painted = 0.0
 
+    def styled(self, text: str, code: int, handle: int = 1) -> str:
+        """A text in a colour, if the terminal at that handle shows any."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self._has_colour[handle] else text
+
     def step(self, text: str) -> None:
-        """A step begins: one line, which is live until the next one."""
+        """A step begins: the live line changes, or a new one begins; without a terminal it is one ordinary line."""
+        text = printable(text)
         with self._lock:
-            self.end_step()
-            if self._is_live and not self.quiet:
-                self._step, self._progress = printable(text), ""
-                self._began = time.monotonic()
+            own = self._own_line()
+            if own:
+                own.change(text)
+                self._paint()
+            elif self.is_live and not self.quiet:
+                self.end_step()
+                self._live.append(LiveLine("", text))
                 self._paint()
             elif not self.quiet:
-                self._write_line(printable(text))
+                self._write_line(text)
+
+    def _own_line(self) -> LiveLine | None:
+        """The live line of this thread's machine."""
+        return getattr(self._thread, "line", None)
+
+    @contextlib.contextmanager
+    def live_line(self, label: str, text: str) -> Iterator[None]:
+        """Until the block ends, the steps of this thread are one live line, which then disappears.
+
+        Without a live terminal nothing changes.
+        """
+        if self.quiet or not self.is_live:
+            yield
+            return
+        line = self._thread.line = LiveLine(label, text)
+        with self._above():
+            self._live.append(line)
+        try:
+            yield
+        finally:
+            self._thread.line = None
+            with self._above():
+                self._live = [other for other in self._live if other is not line]
 
     def progress(self, text: str) -> None:
         """How far the step has come; shown after its name in a live line."""
-        self._progress = printable(text) + " "
+        with self._lock:
+            for line in self._live:
+                line.progress = printable(text) + " "
 
     def tick(self) -> None:
-        """Repaints the live line about twice a second."""
+        """Repaints the live lines about twice a second."""
         with self._lock:
-            if self._step is not None and time.monotonic() - self._painted > self.REPAINT_AFTER:
+            if self._live and time.monotonic() - self._painted > self.REPAINT_AFTER:
                 self._paint()
 
     def end_step(self) -> None:
-        """Turns the live line, if there is one, into an ordinary one."""
+        """Turns the live lines, if there are any, into ordinary ones."""
         with self._lock:
-            if self._step is None:
-                return
-            line = self._step + self._clock()
-            if self._has_colour:
-                line = f"{self.DIM}{line}{self.NORMAL}"
-            self._step = None
-            self._write(f"{self.ERASE_LINE}{line}\n")
+            text, ended, self._live = self._erasure(), self._live, []
+            for line in ended:
+                text += self.styled(line.shown(), DIM, 2) + "\n"
+            self._write(text)
+
+    @contextlib.contextmanager
+    def _above(self) -> Iterator[None]:
+        """The output of the block appears above the live lines of machines. A step of the whole command ends."""
+        with self._lock:
+            if self._live and not self._live[0].label:
+                self.end_step()
+            self._write(self._erasure())
+            yield
+            self._paint()
+
+    def _erasure(self) -> str:
+        """The codes that erase the live lines. A terminal that became narrower has broken them into more rows."""
+        columns = terminal_columns(2) or 80
+        rows = sum(-(-width // columns) for width in self._widths)
+        self._widths = []
+        if rows == 0:
+            return ""
+        return "\r\x1b[K" + "\x1b[A\x1b[K" * (rows - 1)
 
     def _paint(self) -> None:
-        """Paints the live line. It must not wrap, because only one row can be painted over."""
-        clock = self._clock()
-        room = (terminal_columns(2) or 80) - 1 - display_width(clock)
-        line = truncate(self._step or "", room) + clock
-        self._write(self.ERASE_LINE + line)
+        """Paints the live lines. None of them wraps, and there are fewer than the terminal has rows."""
+        columns, rows = terminal_columns(2) or 80, 24
+        with contextlib.suppress(OSError):
+            rows = os.get_terminal_size(2).lines or rows
+        shown = [line.shown(columns - 1) for line in self._live[:max(1, rows - 1)]]
+        self._write(self._erasure() + "\n".join(shown))
+        self._widths = [max(1, display_width(line)) for line in shown]
         self._painted = time.monotonic()
 
-    def _clock(self) -> str:
-        """The progress and the seconds of the current step, for the end of its line. Empty in its first second."""
-        elapsed = time.monotonic() - self._began
-        if elapsed < 0.95:
-            return ""
-        return f"  {self._progress}{elapsed:.0f} s"
+    def elapsed(self) -> str:
+        """The seconds since this thread's live line began, for the end of a result. Only on a terminal."""
+        own = self._own_line()
+        return own.clock() if own and self.width else ""
+
+    @staticmethod
+    def _wrapped(text: str, handle: int) -> str:
+        """A message without commands, made printable and wrapped for the terminal at that handle."""
+        columns = terminal_columns(handle)
+        lines = printable(text).split("\n")
+        if columns is None:
+            return "\n".join(lines)
+        return "\n".join("\n".join(wrapped(line, columns, "", "  ")) for line in lines)
+
+    def _laid_out(self, text: str, handle: int, first: str = "", later: str = "  ") -> str:
+        """A message that may offer commands, made printable and wrapped for the terminal at that handle."""
+        return laid_out(printable(text), terminal_columns(handle), first, later,
+                        lambda command: self.styled(command, BOLD, handle))
 
     def note(self, text: str, *, needed: bool = False) -> None:
         """A line for the person that is not a result. -q hides it unless it is `needed`, as before a question."""
         if needed or not self.quiet:
-            self._write_line(printable(text))
+            self._write_line(self._laid_out(text, 2))
+
+    def aside(self, text: str) -> None:
+        """A note that is of less interest."""
+        if not self.quiet:
+            self._write_line(self.styled(self._laid_out(text, 2), DIM, 2))
 
     def ready(self, text: str) -> None:
         """A last line that says what is ready and what to type next. Only on a terminal, and not with -q."""
@@ -5424,7 +5586,8 @@ class Terminal(Notes):
 
     def warn(self, text: str) -> None:
         """Something that the person should know. The work continues."""
-        self._write_line(f"kodemachine: warning: {printable(text)}")
+        self._write_line(self._laid_out(f"kodemachine: warning: {text}", 2)
+                         .replace("warning:", self.styled("warning:", MAGENTA, 2), 1))
 
     def trace(self, text: str) -> None:
         """A call to an external program. Shown with -v."""
@@ -5437,16 +5600,15 @@ class Terminal(Notes):
         if self.as_json:
             self._write_line(json.dumps({"error": {"code": failure.slug, "message": message, "hint": hint}}))
             return
-        name = "kodemachine:"
-        if self._has_colour:
-            name = f"{self.RED}{name}{self.NORMAL}"
-        lines = [f"{name} {message}", *hint.splitlines()]
-        self._write_line("\n  ".join(lines))
+        lines = self._wrapped("kodemachine: " + message, 2)
+        lines = lines.replace("kodemachine:", self.styled("kodemachine:", RED, 2), 1)
+        if hint:
+            lines += "\n" + self._laid_out(hint, 2, first="  ")
+        self._write_line(lines)
 
     def _write_line(self, text: str) -> None:
-        """An ordinary line. It ends the live line, if there is one."""
-        with self._lock:
-            self.end_step()
+        """An ordinary line, above the live ones."""
+        with self._above():
             self._write(text + "\n")
 
     @staticmethod
@@ -5460,23 +5622,30 @@ class Terminal(Notes):
 
     def raw(self, out: bytes, err: bytes = b"") -> None:
         """Writes bytes to stdout and stderr unchanged. Raises BrokenPipeError when nobody reads, or KodeError."""
-        self.end_step()
-        try:
-            sys.stderr.buffer.write(err)
-            sys.stderr.flush()
-            sys.stdout.buffer.write(out)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as failure:
-            # Or the flush at exit would fail again.
-            discard_output(1)
-            raise KodeError(f"the output cannot be written: {failure.strerror}",
-                            "Fix that and run the command again.") from None
+        with self._above():
+            try:
+                sys.stderr.buffer.write(err)
+                sys.stderr.flush()
+                sys.stdout.buffer.write(out)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as failure:
+                # Or the flush at exit would fail again.
+                discard_output(1)
+                raise KodeError(f"the output cannot be written: {failure.strerror}",
+                                "Fix that and run the command again.") from None
 
     def result(self, text: str) -> None:
         """Writes a result to stdout. Raises as `raw` does."""
         self.raw((printable(text) + "\n").encode())
+
+    def finding(self, sign: str, colour: int, text: str, remedy: str) -> None:
+        """Writes a result that begins with a coloured sign, with its remedy below. Raises as `raw` does."""
+        lines = self.styled(sign, colour) + self._wrapped(f"{sign} {text}", 1)[len(sign):]
+        if remedy:
+            lines += "\n" + self._laid_out(remedy, 1, "    ", "    ")
+        self.raw((lines + "\n").encode())
 
     def json(self, value: object) -> None:
         """Writes a result for a program to stdout, as JSON. Raises as `raw` does."""
@@ -5511,7 +5680,7 @@ class Terminal(Notes):
         """Asks a yes-no question on the terminal. Raises UsageError if there is no terminal."""
         self.end_step()
         self.must_be_able_to_ask(what)
-        self._write(f"{printable(question)} [y/N] ")
+        self._write(self._laid_out(f"{question} [y/N]", 2) + " ")
         answer = ""
         try:
             answer = sys.stdin.readline()
@@ -5675,6 +5844,8 @@ def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
                 thread.join(0.2)
                 ctx.out.tick()
     except BaseException:
+        # It shows how far each machine came.
+        ctx.out.end_step()
         ctx.manager.utm.close()
         for thread in threads:
             if thread.ident is not None:
@@ -5682,12 +5853,14 @@ def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
         raise
 
 
-def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+def each(ctx: Context, labels: Sequence[str], doing: str, work: Callable[[str], str]) -> int:
     """Does `work` for each label, in WIDTH threads, and returns the status of the first failure.
 
-    The result of `work` is a line for the person. For a single label, a failure is raised.
+    The result of `work` is a line for the person. Until then, a terminal shows its label and step, first `doing`.
+    For a single label, a failure is raised.
     """
     waiting = iter(labels)
+    width = max(map(len, labels), default=0)
     statuses: dict[str, int] = {}
     unexpected: list[BaseException] = []
 
@@ -5699,7 +5872,8 @@ def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int
     def run_waiting() -> None:
         for label in waiting:
             try:
-                report(label)
+                with ctx.out.live_line(f"{label:{width}}", doing):
+                    report(label)
             except KodeError as failure:
                 ctx.out.error(failure)
                 statuses[label] = failure.status
@@ -5717,12 +5891,12 @@ def each(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int
     return next((statuses[label] for label in labels if label in statuses), 0)
 
 
-def each_locked(ctx: Context, labels: Sequence[str], work: Callable[[str], str]) -> int:
+def each_locked(ctx: Context, labels: Sequence[str], doing: str, work: Callable[[str], str]) -> int:
     """Does `work` for each label while its lock is held, and shows its result after the label."""
     def locked(label: str) -> str:
         with ctx.manager.holding(label):
             return f"{label} {work(label)}"
-    return each(ctx, labels, locked)
+    return each(ctx, labels, doing, locked)
 
 
 def exec_ssh(argv: Sequence[str]) -> NoReturn:
@@ -5928,12 +6102,14 @@ def start_detached(ctx: Context, labels: Sequence[str], prepare: Callable[[str],
     first_boot has the terminal, so several machines run it one after the other.
     """
     several = len(labels) > 1
+    # A terminal shows the addresses of several machines in a column.
+    width = max(map(len, labels)) + 1 if ctx.out.width else 0
     due: dict[str, tuple[VM, str]] = {}
     started: list[str] = []
 
     def report(label: str, address: str) -> None:
         started.append(label)
-        ctx.out.result(f"{label} {address}" if several else address)
+        ctx.out.result(f"{label:{width}} {address}{ctx.out.elapsed()}" if several else address)
 
     def start(label: str) -> str:
         with ctx.manager.holding(label):
@@ -5945,7 +6121,7 @@ def start_detached(ctx: Context, labels: Sequence[str], prepare: Callable[[str],
         report(label, address)
         return ""
 
-    status = each(ctx, labels, start)
+    status = each(ctx, labels, "starting", start)
     for label in [label for label in labels if label in due]:
         vm, address = due[label]
         try:
@@ -6192,23 +6368,52 @@ def status_text(ctx: Context, machine: Machine) -> str:
     return text
 
 
-def fitted_table(ctx: Context, header: Sequence[str], rows: Sequence[Sequence[str]], expendable: Sequence[str]) -> str:
-    """A table at most as wide as the terminal. Cells without a heading are left out."""
+def fitted_columns(ctx: Context, header: Sequence[str], rows: Sequence[Sequence[str]],
+                   expendable: Sequence[str]) -> list[Column]:
+    """The columns of a table that fit into the terminal, with printable cells. A note names those that do not.
+
+    Cells without a heading are left out.
+    """
     rows = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
-    return table(header, rows, ctx.out.width, expendable)
+    columns: list[Column] = list(zip(header, *rows))
+    kept = fitting(columns, ctx.out.width, expendable)
+    hidden = [name for name, *cells in columns if (name, *cells) not in kept and set(cells) != {"-"}]
+    if hidden:
+        ctx.out.aside(f"hidden, for lack of width: {', '.join(hidden)}")
+    return kept
 
 
-def machine_table(ctx: Context, machines: Sequence[Machine], facts: Sequence[Facts], *, sizes: bool) -> str:
-    """The table of `list` and `purge`."""
-    header = ["LABEL", "STATUS", "IP", "IMAGE", "AGE"]
-    if sizes:
-        header += ["MEMORY", "SIZE", "RECLAIM"]
-    rows = []
-    for machine, fact in zip(machines, facts):
-        age = age_text(age_of(machine.record.created))
-        rows.append([shown_name(machine), status_text(ctx, machine), fact.ip or "-", fact.image or "-", age,
-                     size_text(fact.memory), size_text(fact.size), size_text(fact.reclaimable)])
-    return fitted_table(ctx, header, rows, ("MEMORY", "SIZE", "AGE", "RECLAIM", "IMAGE", "IP"))
+def image_text(ctx: Context, name: str | None) -> str:
+    """The name of an image; on a terminal only its version, which every option for an image takes, too."""
+    if name and ctx.out.width and IMAGE.fullmatch(name):
+        return name.removeprefix("kodeimage-")
+    return name or "-"
+
+
+def machine_cells(ctx: Context, machine: Machine, fact: Facts) -> dict[str, str]:
+    """The facts about a machine for a table, by their headings."""
+    age = age_text(age_of(machine.record.created))
+    return {"LABEL": shown_name(machine), "STATUS": status_text(ctx, machine), "IP": fact.ip or "-",
+            "IMAGE": image_text(ctx, fact.image), "AGE": age, "MEMORY": size_text(fact.memory),
+            "SIZE": size_text(fact.size), "RECLAIM": size_text(fact.reclaimable)}
+
+
+def machine_columns(ctx: Context, header: Sequence[str], cells: Sequence[dict[str, str]]) -> list[Column]:
+    """The columns of `list` and `purge`. Those that the person asked for are the last ones to be left out."""
+    rows = [[row[heading] for heading in header] for row in cells]
+    return fitted_columns(ctx, header, rows, ("AGE", "IMAGE", "IP", "MEMORY", "SIZE"))
+
+
+def coloured_list(ctx: Context, columns: Sequence[Column]) -> str:
+    """The table of `list`, with coloured words for the status."""
+    colours = {Power.STARTED.word: GREEN, Power.UNKNOWN.word: RED}
+
+    def paint(heading: str, cell: str) -> str:
+        word, blank, mark = cell.partition(" ")
+        if heading != "STATUS" or word in ("STATUS", Power.STOPPED.word):
+            return cell
+        return ctx.out.styled(word, colours.get(word, MAGENTA)) + blank + mark
+    return table(columns, paint)
 
 
 @command("list", option("-a", "--all", action="store_true", help="images and other machines too"), SIZE, JSON,
@@ -6236,7 +6441,12 @@ def cmd_list(ctx: Context, opts: Arguments) -> int:
     if opts.as_json:
         out.json([fact._asdict() for fact in facts])
     elif facts:
-        out.result(machine_table(ctx, machines, facts, sizes=opts.size))
+        header = ["LABEL", "STATUS", "IP", "IMAGE", "AGE"]
+        if opts.size:
+            header += ["MEMORY", "SIZE", "RECLAIM"]
+        cells = [machine_cells(ctx, machine, fact) for machine, fact in zip(machines, facts)]
+        # The cells are printable, and the colours must stay.
+        out.raw((coloured_list(ctx, machine_columns(ctx, header, cells)) + "\n").encode())
     else:
         out.note(f"no machines yet; {first_step(fleet)}")
     return 0
@@ -6327,23 +6537,35 @@ def all_findings(ctx: Context) -> Iterator[Finding]:
     yield from Doctor(ctx.manager).findings()
 
 
-@command("doctor", JSON, examples=["doctor"])
+def folded(findings: Sequence[Finding]) -> list[Finding]:
+    """The passed checks as one finding, the skipped ones as one for each cause, and then the problems."""
+    shown = []
+    passed = {finding.check for finding in findings} - {finding.check for finding in findings if finding.level != OK}
+    if passed:
+        shown.append(Finding("", OK, f"{counted(len(passed), 'check')} passed (-v shows them)", ""))
+    skipped = grouped((finding.message, finding.check) for finding in findings if finding.level == SKIPPED)
+    for message, checks in skipped.items():
+        shown.append(Finding(", ".join(checks), SKIPPED, message, ""))
+    return shown + [finding for finding in findings if finding.level in (WARNING, ERROR)]
+
+
+COLOURS = {OK: GREEN, WARNING: MAGENTA, ERROR: RED, SKIPPED: DIM}
+
+
+@command("doctor", JSON, examples=["doctor", "doctor -v"])
 def cmd_doctor(ctx: Context, opts: Arguments) -> int:
     """check the host, UTM, the image and the machines; each finding has a remedy"""
     signs = {OK: "ok", WARNING: "! ", ERROR: "x ", SKIPPED: "- "}
     if ctx.out.fits("\u2713\u2717"):
         signs = {OK: "\u2713", WARNING: "!", ERROR: "\u2717", SKIPPED: "-"}
-    findings = []
-    for finding in all_findings(ctx):
-        findings.append(finding)
-        if opts.as_json:
-            continue
-        begin = f"{signs[finding.level]} {finding.check:{CHECK_WIDTH}} "
-        ctx.out.result(begin + finding.message)
-        if finding.remedy:
-            ctx.out.result(" " * len(begin) + finding.remedy)
+    with ctx.out.live_line("doctor", "checking the Mac, UTM and the machines"):
+        findings = list(all_findings(ctx))
     if opts.as_json:
         ctx.out.json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings if opts.verbose else folded(findings):
+            title = f"{finding.check}: " if finding.check else ""
+            ctx.out.finding(signs[finding.level], COLOURS[finding.level], title + finding.message, finding.remedy)
     levels = [finding.level for finding in findings]
     problems = [counted(levels.count(level), level) for level in (ERROR, WARNING) if level in levels]
     ctx.out.note(", ".join(problems) or "no problems found")
@@ -6358,11 +6580,15 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
     """shut down: ask the guest, and wait until it is off"""
     limit = opts.timeout or ctx.manager.settings.stop_timeout
     labels = chosen(ctx, opts, lambda machine: machine.power is not Power.STOPPED)
-    ctx.out.step(f"stopping {', '.join(labels)}" if labels else "no machine to stop")
+    if not labels:
+        ctx.out.note("no machine to stop")
+    elif len(labels) == 1 or not ctx.out.is_live:
+        # On a terminal, each of several machines has a line of its own.
+        ctx.out.step(f"stopping {', '.join(labels)}")
 
     def stop(label: str) -> str:
         return ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)
-    return each_locked(ctx, labels, stop)
+    return each_locked(ctx, labels, "stopping", stop)
 
 
 @command("restart", LABELS, STOP_TIMEOUT, examples=["restart project-alpha"])
@@ -6385,14 +6611,14 @@ def cmd_restart(ctx: Context, opts: Arguments) -> int:
 def cmd_suspend(ctx: Context, opts: Arguments) -> int:
     """pause in memory"""
     labels = chosen(ctx, opts, lambda machine: machine.power is Power.STARTED)
-    return each_locked(ctx, labels, ctx.manager.suspend)
+    return each_locked(ctx, labels, "suspending", ctx.manager.suspend)
 
 
 @command("resume", LABELS, ALL, examples=["resume project-alpha"])
 def cmd_resume(ctx: Context, opts: Arguments) -> int:
     """continue a suspended machine"""
     labels = chosen(ctx, opts, lambda machine: machine.power is Power.PAUSED)
-    return each_locked(ctx, labels, ctx.manager.resume)
+    return each_locked(ctx, labels, "resuming", ctx.manager.resume)
 
 
 @command("clone", LABEL_ARG, option("new", help="the label of the copy"),
@@ -6417,7 +6643,7 @@ def cmd_delete(ctx: Context, opts: Arguments) -> int:
     def delete(label: str) -> str:
         freed = ctx.manager.delete(ctx.manager.find(label), force=opts.force, measure=True)
         return "deleted" if freed is None else f"deleted, freed {size_text(freed)}"
-    return each_locked(ctx, chosen(ctx, opts), delete)
+    return each_locked(ctx, chosen(ctx, opts), "deleting", delete)
 
 
 # What `purge` does with a machine. Any other text is the reason why one that matches is skipped.
@@ -6466,7 +6692,7 @@ def select_for_purge(ctx: Context, opts: Arguments) -> tuple[list[Machine], int]
             status = WrongState.status
     if image is not None and image not in images:
         ctx.out.note(f"no machine is known to be cloned from {opts.image}")
-    if found[RUNNING] and not found[PURGED]:
+    if found[RUNNING]:
         running = counted(len(found[RUNNING]), "machine")
         ctx.out.note(f"skipped {running}: running or paused (--all deletes those too)")
     if found[UNKNOWN]:
@@ -6478,7 +6704,13 @@ def show_purge(ctx: Context, opts: Arguments, machines: Sequence[Machine], facts
     """Shows the machines and the space, and asks. Returns whether to delete them. Raises KodeError after a no."""
     known = [fact.reclaimable for fact in facts if fact.reclaimable is not None]
     amount = f"at least {size_text(sum(known))}" if known else "an unknown amount"
-    shown = machine_table(ctx, machines, facts, sizes=True)
+    cells = [machine_cells(ctx, machine, fact) for machine, fact in zip(machines, facts)]
+    header = ["LABEL"]
+    for heading in ("STATUS", "IMAGE", "AGE", "SIZE", "RECLAIM"):
+        # A column without a value, or with the usual status, has nothing to decide by.
+        if {row[heading] for row in cells} - {"-", Power.STOPPED.word}:
+            header.append(heading)
+    shown = table(machine_columns(ctx, header, cells))
     number = counted(len(machines), "machine")
     if opts.dry_run:
         ctx.out.result(shown)
@@ -6514,7 +6746,7 @@ def delete_shown(ctx: Context, opts: Arguments, machines: Sequence[Machine], fac
     manager = ctx.manager
     shown = {str(machine.label): machine for machine in machines}
     before = free_space(manager.documents)
-    status = each(ctx, list(shown), lambda label: purge_one(ctx, shown[label], everything=opts.all))
+    status = each(ctx, list(shown), "deleting", lambda label: purge_one(ctx, shown[label], everything=opts.all))
     remaining = {machine.uuid for machine in manager.fleet().machines}
     deleted = [fact.reclaimable for fact in facts if fact.reclaimable and fact.uuid not in remaining]
     after = free_space(manager.documents)
@@ -6522,8 +6754,8 @@ def delete_shown(ctx: Context, opts: Arguments, machines: Sequence[Machine], fac
         gained = max(0, after - before)
         ctx.out.note(f"the volume gained {size_text(gained)}")
         if gained < sum(deleted) * 0.9 and sys.platform == "darwin":
-            ctx.out.note("Less than expected: local snapshots may still hold the blocks "
-                         "(tmutil listlocalsnapshots /).")
+            ctx.out.note("Less than expected: local snapshots may still hold the blocks. "
+                         "To list them: tmutil listlocalsnapshots /")
     return status
 
 
@@ -6581,7 +6813,7 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
         # It marks the image for new machines.
         star = "*" if image["configured"] else ""
         rows.append([star, image["name"], image["status"], str(image["clones"]), size_text(image["size"])])
-    out.result(fitted_table(ctx, header, rows, ("SIZE", "CLONES")))
+    out.result(table(fitted_columns(ctx, header, rows, ("SIZE", "CLONES"))))
     return 0
 
 
@@ -6598,7 +6830,8 @@ def cmd_base_use(ctx: Context, opts: Arguments) -> int:
 
 def step_table(steps: Sequence[Step]) -> str:
     """The steps of a seal, one per line."""
-    return table(("STEP", "", ""), [[step.name, step.status, step.detail] for step in steps], None)
+    columns = zip(("STEP", "", ""), *((step.name, step.status, step.detail) for step in steps))
+    return table(list(columns))
 
 
 def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
@@ -6997,6 +7230,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, conflict_handler="resolve",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **form)
 
+    def format_help(self) -> str:
+        """The help, wrapped for the terminal: argparse wraps only its own lists."""
+        return fitted_help(super().format_help(), terminal_columns(1))
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         program, *words = self.prog.split()
@@ -7334,10 +7571,11 @@ def cmd_help(ctx: Context, opts: Arguments) -> int:
 def show_first_screen(ctx: Context, opts: Arguments) -> int:
     """The output of `kodemachine` alone: the lines that a newcomer needs. It asks nothing of UTM."""
     examples = EPILOG.replace("kodemachine ", "  kodemachine ")
-    ctx.out.result(f"{TITLE}\n\n{examples}\n\n"
-                   "To create the first image: kodemachine base create v0.1.0\n"
-                   "To check this Mac and UTM: kodemachine doctor\n"
-                   "All commands: kodemachine help")
+    text = (f"{TITLE}\n\n{examples}\n\n"
+            "To create the first image: kodemachine base create v0.1.0\n"
+            "To check this Mac and UTM: kodemachine doctor\n"
+            "All commands: kodemachine help")
+    ctx.out.result(fitted_help(text, ctx.out.width))
     return 0
 # ---- main
 

@@ -3281,19 +3281,41 @@ class PureTest(unittest.TestCase):
             self.assertEqual(kodemachine.display_width(text), width, text)
         for room, left in ((-1, ""), (0, ""), (1, "a"), (2, "a"), (3, "a日"), (4, "a日"), (9, "a日本")):
             self.assertEqual(kodemachine.truncate("a日本", room), left, room)
-        self.assertEqual(kodemachine.table(("A", "B"), [("日", "x"), ("y", "z")], None), "A   B\n日  x\ny   z")
+        self.assertEqual(kodemachine.table([("A", "日", "y"), ("B", "x", "z")]), "A   B\n日  x\ny   z")
 
     def test_table_drops_its_optional_columns_until_it_fits(self) -> None:
-        def fitted(width: int | None) -> list[str]:
-            return kodemachine.table(
-                ["NAME", "X", "LONG"], [["a", "bb", "cccccccc"], ["", "-", "d"]], width, ["LONG", "X"]
-            ).split("\n")
+        columns = [("NAME", "a", ""), ("X", "bb", "-"), ("LONG", "cccccccc", "d"), ("NONE", "-", "-")]
+        cases: dict[int | None, str] = {None: "NAME X LONG NONE", 24: "NAME X LONG NONE", 23: "NAME X LONG",
+                                        18: "NAME X LONG", 17: "NAME X", 1: "NAME"}
+        for room, kept in cases.items():
+            fitting = kodemachine.fitting(columns, room, ["LONG", "X", "NONE"])
+            self.assertEqual([column[0] for column in fitting], kept.split(), room)
+        self.assertEqual(kodemachine.table(columns[:3]), "NAME  X   LONG\na     bb  cccccccc\n      -   d")
+        painted = kodemachine.table(columns[:2], lambda heading, cell: f"<{cell}>" if heading == "X" else cell)
+        self.assertEqual(painted, "NAME  <X>\na     <bb>\n      <->")
 
-        whole = ["NAME  X   LONG", "a     bb  cccccccc", "      -   d"]
-        self.assertEqual(fitted(None), whole)
-        self.assertEqual(fitted(18), whole)
-        self.assertEqual(fitted(17), ["NAME  X", "a     bb", "      -"])
-        self.assertEqual(fitted(1), ["N", "a", ""])
+    def test_message_is_wrapped_at_words_and_commands_have_a_line_of_their_own(self) -> None:
+        offers = ("The machine is kept. To run the script again: kodemachine web; to look inside: kodemachine ssh web; "
+                  "to start without it: kodemachine config unset first_boot")
+
+        def laid_out(text: str, columns: int | None, first: str = "") -> list[str]:
+            return kodemachine.laid_out(text, columns, first, "  ", lambda text: f"<{text}>").split("\n")
+
+        for columns in (40, 80, 100):
+            text = laid_out(offers, columns, "  ")
+            self.assertEqual([line for line in text if "<" in line], [
+                "    <kodemachine web>", "    <kodemachine ssh web>", "    <kodemachine config unset first_boot>"])
+            self.assertLessEqual(max(len(line.strip("<>")) for line in text), columns + 2)
+            self.assertIn("  to look inside:", text)
+        marked = re.sub("(kodemachine [^;]+)", "<\\1>", offers)
+        self.assertEqual((laid_out(offers, None), laid_out(offers, 200)), ([marked], [marked]))
+        for command in ("kodemachine start -d web db -- sh -c 'a: b; c'", "chmod 600 '/a b/c'", "rm /x/y",
+                        "'/Applications/My UTM.app/Contents/MacOS/utmctl' delete 0-0", "ssh-keygen -t ed25519 -f /x"):
+            for before, columns in (("", 10), ("Do it in this way: ", 20), ("Do it: ", 200)):
+                self.assertIn(f"<{command}>", laid_out(before + command, columns)[-1], "not broken")
+        self.assertEqual(laid_out("a\n\nb", 1), ["a", "", "b"])
+        long = "/a/path/without/blanks/which/is/longer/than/the/terminal/is/wide"
+        self.assertEqual(laid_out(f"There is no {long} at all.", 20), ["There is no", "  " + long, "  at all."])
 
     def test_printed_text_contains_no_terminal_control_characters(self) -> None:
         self.assertEqual(kodemachine.printable("é日\n"), "é日\n")
@@ -4090,10 +4112,10 @@ class StartOptionsTest(Case):
 
     def test_on_a_terminal_the_last_line_says_what_to_type_next(self) -> None:
         self.with_sshd_at(2)
-        for labels, words in ((["a"], b"a is ready; to connect: kodemachine ssh a"),
-                              (["a", "b"], b"ready: (a, b|b, a); to connect: kodemachine ssh [ab]")):
+        for labels, words in ((["a"], b"a is ready; to connect: \x1b\\[1mkodemachine ssh a\x1b"),
+                              (["a", "b"], b"ready: (a, b|b, a); to connect: \x1b\\[1mkodemachine ssh [ab]\x1b")):
             terminal = self.screen("start", "-d", *labels, TERM="xterm")
-            terminal.expect(words + rb"\s*\Z")
+            terminal.expect(words + rb"\[0m\s*\Z")
             self.assertEqual(terminal.wait(), 0)
         self.assertNotIn("ready", self.km("start", "-d", "a").err)
 
@@ -5188,8 +5210,8 @@ class ListTest(Case):
             with mock.patch.object(state, "records", wraps=state.records) as read:
                 machines = context.manager.fleet().clones
                 facts = context.manager.describe(machines)
-                table = kodemachine.machine_table(context, machines, facts, sizes=False)
-                self.assertEqual(table.count("\n"), count)
+                cells = [kodemachine.machine_cells(context, *pair) for pair in zip(machines, facts)]
+                self.assertEqual([cell["STATUS"] for cell in cells], ["stopped"] * count)
             counts.append(read.call_count)
         self.assertEqual(counts, [1, 1])
 
@@ -5287,17 +5309,48 @@ class ListTest(Case):
         self.assertEqual((result.code, result.err), (0, ""))
         self.assertNoChildrenLeft()
 
-    def test_table_fits_the_terminal(self) -> None:
+    def test_table_fits_the_terminal_and_a_note_names_the_columns_that_are_left_out(self) -> None:
         self.fleet()
-        self.vm("a-rather-long-label", "started", ips=["192.168.64.200"])
-        for columns, kept in ((40, ["LABEL", "STATUS"]), (80, ["LABEL", "STATUS", "IP"])):
-            terminal = self.screen("list", columns=columns)
+        self.documents()
+        self.vm("a-long-label", "started", ips=["192.168.64.200"])
+        for columns, args, kept, hidden in (
+            (80, (), "LABEL STATUS IP IMAGE AGE", ""),
+            (40, (), "LABEL STATUS IP", "IMAGE, AGE"),
+            (20, (), "LABEL STATUS", "IP, IMAGE, AGE"),
+            (80, ("-s",), "LABEL STATUS IP IMAGE AGE MEMORY SIZE RECLAIM", ""),
+            (40, ("-s",), "LABEL STATUS SIZE RECLAIM", "IP, IMAGE, AGE, MEMORY"),
+        ):
+            with self.subTest(columns=columns, args=args):
+                terminal = self.screen("list", *args, columns=columns)
+                self.assertEqual(terminal.wait(), 0)
+                note, heading, table = terminal.seen.decode().partition("LABEL")
+                lines = (heading + table).splitlines()
+                self.assertEqual((len(lines), lines[0].split()), (5, kept.split()))
+                self.assertIn("a-long-label  running", lines[1])
+                self.assertEqual(" ".join(note.split()), hidden and f"hidden, for lack of width: {hidden}")
+        self.assertEqual(self.screen("-q", "list", columns=20).wait(), 0)
+
+    def test_status_is_coloured_and_versions_are_short_only_on_a_terminal(self) -> None:
+        self.fleet()
+        self.utm.fault("list", unknown=["Windows 11"])
+        for term, no_colour, colours in (("xterm", "", {"running": 32, "paused": 35, "unknown": 31}),
+                                         ("xterm", "1", {}), ("dumb", "", {})):
+            terminal = self.screen("list", "-a", TERM=term, NO_COLOR=no_colour)
             self.assertEqual(terminal.wait(), 0)
-            lines = terminal.seen.decode().splitlines()
-            self.assertEqual(len(lines), 5)
-            self.assertLessEqual(max(map(len, lines)), columns, lines)
-            self.assertEqual(lines[0].split()[: len(kept)], kept)
-            self.assertIn("a-rather-long-label", lines[1])
+            text = terminal.seen.decode()
+            found = re.findall("\x1b\\[([0-9]+)m(\\w+)\x1b\\[0m", text)
+            self.assertEqual({word: int(code) for code, word in found}, colours)
+            plain = re.sub("\x1b\\[[0-9]+m", "", text)
+            lines = plain.splitlines()
+            self.assertRegex(lines[-1], r"^web +running  192\S+  v0\.2\.0  3h$")
+            address = lines[0].index("IP")
+            self.assertEqual({re.sub(r"\S", "x", line[address - 2:address + 1]) for line in lines}, {"  x"}, "aligned")
+        # The colours of stdout do not depend on stderr.
+        argv = ["/bin/sh", "-c", '"$@" | cat', "sh", *self.command("list")]
+        terminal = Terminal(argv, {**self.environment, "TERM": "xterm"}, self.home)
+        self.addCleanup(terminal.close)
+        terminal.wait()
+        self.assertRegex(terminal.seen.decode(), rf"web +running +192\S+ +{IMAGE} +3h")
 
     def test_piped_table_is_plain_and_complete(self) -> None:
         self.fleet()
@@ -5791,10 +5844,8 @@ class DoctorTest(Case):
     def test_healthy_installation_has_no_problems_and_is_not_changed(self) -> None:
         self.healthy()
         before = self.files_of_state()
-        result = self.km("doctor")
-        lines = result.out.splitlines()
-        self.assertEqual((result.code, result.err), (0, "no problems found\n"), result.out)
-        self.assertEqual([line.split()[:2] for line in lines], [["\u2713", check] for check in self.CHECKS])
+        passed = f"\u2713 {len(self.CHECKS)} checks passed (-v shows them)\n"
+        self.assertEqual(self.km("doctor"), (0, passed, "no problems found\n"))
         self.assertEqual(sorted(self.utm.verbs()), ["ip-address", "list", "version"])
         self.assertEqual(self.files_of_state(), before)
 
@@ -5802,10 +5853,30 @@ class DoctorTest(Case):
         self.image(displays=[{"Hardware": "virtio-gpu-pci"}])
         result = self.km("doctor")
         self.assertEqual((result.code, result.err), (0, "2 warnings\n"))
-        self.assertRegex(result.out, r"(?m)^! devices     \S+ is not headless: .*\n {14}In its settings in UTM, remove")
+        self.assertRegex(result.out, r"(?m)^! devices: \S+ is not headless: .*\n {4}In its settings in UTM, remove")
         self.config(**self.settings, identity_file="/nonexistent")
         result = self.km("doctor")
         self.assertEqual((result.code, result.err), (1, "1 error, 2 warnings\n"))
+
+    def test_passed_and_skipped_checks_are_one_line_each_above_the_problems_unless_verbose(self) -> None:
+        self.vm("a")
+        result = self.km("doctor")
+        self.assertEqual(result.code, 1)
+        self.assertEqual(result.out.splitlines()[:2], ["\u2713 17 checks passed (-v shows them)",
+                                                      "- devices: not checked, because image failed"])
+        self.assertRegex(result.out, r"\n\u2717 image: there is no image to clone\n    To create one: \S+ base create")
+        verbose = self.km("doctor", "-v").out
+        self.assertEqual(re.findall(r"(?m)^\S (\S+): ", verbose), self.CHECKS)
+        self.assertIn("- devices: not checked, because image failed\n", verbose)
+
+    def test_terminal_shows_progress_and_coloured_signs(self) -> None:
+        self.vm("a")
+        terminal = self.screen("doctor", columns=40, TERM="xterm")
+        terminal.expect(rb"doctor  checking the Mac")
+        self.assertEqual(terminal.wait(), 1)
+        terminal.expect(b"\r\x1b\\[K\x1b\\[32m\xe2\x9c\x93\x1b\\[0m 17 checks passed")
+        terminal.expect(b"\r\n\x1b\\[31m\xe2\x9c\x97\x1b\\[0m image: there is no image to clone\r\n"
+                        b"    To create one:\r\n      \x1b\\[1mkodemachine base create v0.1.0\x1b\\[0m\r\n")
 
     def test_signs_depend_on_the_encoding_of_the_terminal(self) -> None:
         for encoding, fits in (("utf-8", True), ("ascii", False), ("iso8859-1", False), ("no-such", False)):
@@ -6628,7 +6699,7 @@ class PurgeTest(Case):
             with self.subTest(answer):
                 self.assertIn("a", self.clones())
                 terminal = self.screen("purge")
-                terminal.expect(rb"a +stopped")
+                terminal.expect(rb"LABEL +SIZE +RECLAIM\r\na +\d+K +\d+K\r\n")
                 terminal.expect(rb"Delete 1 machine and free at least \d+K of disk space\? \[y/N\] ")
                 terminal.send(answer)
                 self.assertEqual(terminal.wait(), code, terminal.seen)
@@ -6642,6 +6713,25 @@ class PurgeTest(Case):
         self.assertEqual(len(self.records()), 2)
         self.assert_says(self.km("purge"), 0, "nothing to purge")
         self.assertEqual([record["name"] for record in self.records().values()], ["km-kept"])
+
+    def test_table_has_only_columns_to_decide_by_and_the_space_last(self) -> None:
+        self.documents()
+        self.fleet()
+        self.remember(a={"image": IMAGE, "created": hours_ago(1)})
+        for args, columns, header in (((), 80, "LABEL IMAGE AGE SIZE RECLAIM"), ((), 28, "LABEL IMAGE SIZE RECLAIM"),
+                                      ((), 20, "LABEL SIZE RECLAIM"),
+                                      ((), 10, "LABEL RECLAIM"),
+                                      (("--all",), 80, "LABEL STATUS IMAGE AGE SIZE RECLAIM"),
+                                      (("--all",), 24, "LABEL STATUS RECLAIM")):
+            terminal = self.screen("purge", "-n", *args, columns=columns)
+            self.assertEqual(terminal.wait(), 0)
+            heading = terminal.expect(rb"(?m)^LABEL.*").group().decode()
+            self.assertEqual(heading.split(), header.split(), terminal.seen)
+
+    def test_running_machines_are_mentioned_also_if_others_are_deleted(self) -> None:
+        self.fleet()
+        self.assert_says(self.km("purge", "-y"), 0, "skipped 2 machines: running or paused (--all deletes those too)",
+                         "a deleted")
 
     def test_nothing_to_purge_is_not_an_error(self) -> None:
         self.image()
@@ -6695,7 +6785,7 @@ class PurgeTest(Case):
     def test_question_shows_its_list_even_with_quiet(self) -> None:
         self.fleet()
         terminal = self.screen("-q", "purge")
-        terminal.expect(rb"(?s)LABEL.*a +stopped.*Delete 1 machine ")
+        terminal.expect(rb"(?s)LABEL\r\na\r\nDelete 1 machine ")
         terminal.send(b"n\n")
         self.assertEqual(terminal.wait(), 1)
         self.assertEqual(self.km("-q", "purge", "-y").err, "")
@@ -8680,6 +8770,21 @@ All commands: kodemachine help
         self.assertFalse(os.path.exists(self.state))
 
 
+    def test_help_is_wrapped_at_words_and_commands_are_not(self) -> None:
+        for words in ((), ("help",), ("help", "start")):
+            plain = self.km(*words, env={"COLUMNS": "80"}).out
+            for columns in (40, 80):
+                with self.subTest(words, columns=columns):
+                    terminal = self.screen(*words, columns=columns)
+                    self.assertEqual(terminal.wait(), 0)
+                    lines = terminal.seen.decode().splitlines()
+                    self.assertEqual([line for line in lines if len(line) > columns and "kodemachine" not in line], [])
+                    self.assertEqual(" ".join(lines).split(), plain.split(), "the same words")
+                    for command in re.findall(r"(?m)(?:^  |: )(kodemachine [^\[\n]+?)(?:  .*)?$", plain):
+                        found = [line for line in lines if line.endswith(command) or command + "  " in line]
+                        self.assertTrue(found, f"{command} is broken")
+
+
 class MistakesTest(Case):
     """Mistyped command lines: the message and the hint."""
 
@@ -8945,8 +9050,8 @@ class OutputTest(Case):
             with self.subTest(env):
                 label = f"m{len(self.utm.names())}"
                 self.vm(label, "started")
-                terminal = self.screen("stop", label, "nope", columns=70, **env)
-                self.assertEqual(terminal.wait(), 3)
+                terminal = self.screen("stop", label, columns=70, **env)
+                self.assertEqual(terminal.wait(), 0)
                 text = terminal.seen.decode()
                 self.assertEqual(("\r\x1b[K" in text, bool(re.search("\x1b\\[[0-9]*m", text))), (live, colours), text)
                 plain = re.sub("\x1b\\[[0-9]*m", "", text)
@@ -8975,6 +9080,85 @@ class OutputTest(Case):
             self.assertEqual(terminal.wait(), 0)
             self.assertRegex(terminal.seen.decode(), f"\\[K(\x1b\\[2m)?stopping {label}  \\d+ s", "whole at its end")
             self.utm.change(uuid, status="started")
+
+    @staticmethod
+    def rows(terminal: Terminal) -> list[str]:
+        """The rows on the screen: the output, after what was painted over was erased as these codes do it."""
+        rows = [""]
+        for part in re.split("(\r\x1b\\[K|\x1b\\[A\x1b\\[K|\r\n)", terminal.seen.decode()):
+            if part == "\r\n":
+                rows.append("")
+            elif part == "\r\x1b[K":
+                rows[-1] = ""
+            elif part == "\x1b[A\x1b[K":
+                rows[-2:] = [""]
+            else:
+                rows[-1] += re.sub("\x1b\\[[0-9]*m", "", part)
+        return rows
+
+    def test_each_of_several_starts_is_one_live_line_which_becomes_its_address(self) -> None:
+        self.config(ssh_port=self.sshd(2).port)
+        for label in ("web", "database", "off"):
+            self.vm(label, agent_after=1.2)
+        self.utm.fault("start", vm="km-off", error=-2700, string="Disk on fire.")
+        terminal = self.screen("start", "-d", "web", "database", "off", TERM="xterm")
+        terminal.expect(rb"web       waiting for ssh  1 s\r\ndatabase  waiting for ssh  1 s\r\noff       \w")
+        self.assertEqual(terminal.wait(), 1)
+        *rows, ready, end = self.rows(terminal)
+        self.assertIn("kodemachine: km-off does not start, it stays stopped: Disk on fire.", rows)
+        addresses = "\n".join(sorted(row for row in rows if "127" in row))
+        self.assertRegex(addresses, r"\Adatabase  127\.0\.0\.\d  \d s\nweb       127\.0\.0\.\d  \d s\Z")
+        self.assertRegex(ready, "ready: (web, database|database, web); to connect: kodemachine ssh ")
+        self.assertEqual((end, len(rows)), ("", 4), rows)
+
+    def test_live_lines_fit_into_a_small_terminal_and_end_cleanly(self) -> None:
+        labels = [f"machine-number-{n}" for n in range(6)]
+        for label in labels:
+            self.vm(label, "started", ignores_power_key=True)
+        resize = ["/bin/sh", "-c", 'stty cols 30 rows 4 && exec "$@"', "sh"]
+        terminal = Terminal([*resize, *self.command("stop", *labels)], {**self.environment, "TERM": "xterm"}, self.home)
+        self.addCleanup(terminal.close)
+        terminal.expect(rb"stoppi  1 s\r\n\S+  stoppi  1 s\r\n\S+  stoppi  1 s")
+        self.assertEqual([len(row) for row in self.rows(terminal)], [29] * 3)
+        # A terminal that becomes narrower breaks each line into two.
+        fcntl.ioctl(terminal.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 4, 20, 0, 0))
+        terminal.expect(rb"\r\x1b\[K(\x1b\[A\x1b\[K){5}machine-number")
+        terminal.send(b"\x03")
+        self.assertEqual(terminal.wait(), 130)
+        *rows, end = self.rows(terminal)[-7:]
+        self.assertEqual((sorted(row.partition("  ")[0] for row in rows), end), (labels, ""), terminal.seen)
+
+    def test_commands_for_several_machines_leave_one_line_each(self) -> None:
+        for label in ("a", "b"):
+            self.vm(label, "started")
+        results = {"suspend": "suspended", "resume": "resumed", "stop": "stopped", "delete": "deleted"}
+        for verb, result in results.items():
+            terminal = self.screen(verb, "a", "b", TERM="xterm")
+            self.assertEqual(terminal.wait(), 0)
+            rows = sorted(row.split(",")[0] for row in self.rows(terminal))
+            self.assertEqual(rows, ["", f"a {result}", f"b {result}"])
+
+    def test_hint_is_wrapped_and_its_command_is_bold_only_on_a_terminal(self) -> None:
+        self.vm("a-machine-with-a-name", "started")
+        plain = self.km("delete", "a-machine-with-a-name", env={"TERM": "xterm", "COLUMNS": "20"}).err
+        self.assertEqual(plain, "kodemachine: km-a-machine-with-a-name is running\n  To stop and delete it: "
+                                "kodemachine delete --force a-machine-with-a-name\n")
+        for env, bold, normal in (({"TERM": "xterm"}, "\x1b[1m", "\x1b[0m"), ({"TERM": "dumb"}, "", "")):
+            terminal = self.screen("delete", "a-machine-with-a-name", columns=50, **env)
+            self.assertEqual(terminal.wait(), 4)
+            self.assertTrue(terminal.seen.decode().endswith(
+                f"  To stop and delete it:\r\n    {bold}kodemachine delete --force a-machine-with-a-name{normal}\r\n"))
+
+    def test_message_about_kodemachine_is_not_taken_for_a_command(self) -> None:
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import kodemachine as k\n"
+                "k.Terminal().error(k.KodeError('kodemachine has no record of the machine a', 'See: kodemachine list'))")
+        resize = ["/bin/sh", "-c", 'stty cols 40 && exec "$@"', "sh"]
+        argv = [*resize, *self.PYTHON, "-c", code, HERE]
+        terminal = Terminal(argv, {**self.environment, "TERM": "xterm"}, self.home)
+        self.addCleanup(terminal.close)
+        self.assertEqual(terminal.wait(), 0)
+        self.assertEqual(terminal.seen, b"\x1b[31mkodemachine:\x1b[0m kodemachine has no record\r\n"
+                                        b"  of the machine a\r\n  See: \x1b[1mkodemachine list\x1b[0m\r\n")
 
     def test_quiet_prints_nothing(self) -> None:
         self.image()
@@ -10123,7 +10307,7 @@ SCENES = {
                    "delete", every=2),
     "purge-all": Scene("purge --all -y", {"alpha": "started", "beta": "paused"}, {"alpha": "", "beta": "", "other": ""},
                        "stop delete", every=4),
-    "doctor": Scene("doctor", {"alpha": "started"}, {}, says="user +not run as root"),
+    "doctor": Scene("doctor", {"alpha": "started"}, {}, says="checks? passed"),
     "config": Scene("config set boot_timeout 11", {}, {}),
     "base-list": Scene("base list", {"alpha": "started"}, {}, says=r"(?s)\*  kodeimage-v0.2.0  stopped", every=3),
     "base-use": Scene("base use kodeimage-v0.1.0", {}, {}),

@@ -344,8 +344,8 @@ def show(rows: Sequence[Row]) -> str:
         met = "" if r.met is None else "yes" if r.met else "NO"
         lines.append((r.scenario, f"{r.ours:.1f} {r.unit}", f"±{r.spread:.1f}", floor, r.floor, r.result, r.target, met,
                       r.calls))
-    return kodemachine.table(("SCENARIO", "MEDIAN", "SPREAD", "FLOOR", "OF", "RESULT", "TARGET", "MET", "CALLS"), lines,
-                             None)
+    header = ("SCENARIO", "MEDIAN", "SPREAD", "FLOOR", "OF", "RESULT", "TARGET", "MET", "CALLS")
+    return kodemachine.table(list(zip(header, *lines)))
 
 
 def main() -> int:
