@@ -5342,7 +5342,7 @@ def wrapped(text: str, columns: int, first: str, later: str) -> list[str]:
 
 
 # A command that a message offers: the whole message, or from a colon up to "; " and the next offer. (Not a usage.)
-PASTED = (r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?")
+PASTED = r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?"
 TO_PASTE = re.compile(rf"(?:^|(?<=: ))(?:{PASTED}) (?!\[).*?(?=; [a-z][^:;]*: kodemachine |$)")
 
 
@@ -5399,7 +5399,7 @@ def terminal_columns(handle: int) -> int | None:
         return None
 
 
-# Codes of colours that can be read on a light and on a dark background: yellow, blue and cyan cannot.
+# Not yellow and cyan, which are too light on a white background, nor blue, which is too dark on a black one.
 BOLD, DIM, RED, GREEN, MAGENTA = 1, 2, 31, 32, 35
 
 
@@ -5423,7 +5423,7 @@ class LiveLine:
         """The next step. The machine is at the beginning of the line already, so its name is removed from the end."""
         if self.label:
             name = re.escape(self.label.rstrip())
-            text = self.label + "  " + re.sub(rf"( to| on| of)? \S*{name}$", "", text)
+            text = self.label + "  " + re.sub(rf"( to| on| of| with)? \S*{name}$", "", text)
         self._text = text
 
     def shown(self, columns: int | None = None) -> str:
@@ -5559,10 +5559,12 @@ class Terminal(Notes):
     def _wrapped(text: str, handle: int) -> str:
         """A message without commands, made printable and wrapped for the terminal at that handle."""
         columns = terminal_columns(handle)
-        lines = printable(text).split("\n")
         if columns is None:
-            return "\n".join(lines)
-        return "\n".join("\n".join(wrapped(line, columns, "", "  ")) for line in lines)
+            return printable(text)
+        lines: list[str] = []
+        for line in printable(text).split("\n"):
+            lines += wrapped(line, columns, "", "  ")
+        return "\n".join(lines)
 
     def _laid_out(self, text: str, handle: int, first: str = "", later: str = "  ") -> str:
         """A message that may offer commands, made printable and wrapped for the terminal at that handle."""

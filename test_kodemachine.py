@@ -9151,14 +9151,14 @@ class OutputTest(Case):
 
     def test_message_about_kodemachine_is_not_taken_for_a_command(self) -> None:
         code = ("import sys; sys.path.insert(0, sys.argv[1]); import kodemachine as k\n"
-                "k.Terminal().error(k.KodeError('kodemachine has no record of the machine a', 'See: kodemachine list'))")
+                "k.Terminal().error(k.KodeError('kodemachine has no record of machine a', 'See: kodemachine list'))")
         resize = ["/bin/sh", "-c", 'stty cols 40 && exec "$@"', "sh"]
         argv = [*resize, *self.PYTHON, "-c", code, HERE]
         terminal = Terminal(argv, {**self.environment, "TERM": "xterm"}, self.home)
         self.addCleanup(terminal.close)
         self.assertEqual(terminal.wait(), 0)
         self.assertEqual(terminal.seen, b"\x1b[31mkodemachine:\x1b[0m kodemachine has no record\r\n"
-                                        b"  of the machine a\r\n  See: \x1b[1mkodemachine list\x1b[0m\r\n")
+                                        b"  of machine a\r\n  See: \x1b[1mkodemachine list\x1b[0m\r\n")
 
     def test_quiet_prints_nothing(self) -> None:
         self.image()
