@@ -5874,7 +5874,7 @@ def each(ctx: Context, labels: Sequence[str], doing: str, work: Callable[[str], 
     def run_waiting() -> None:
         for label in waiting:
             try:
-                with ctx.out.live_line(f"{label:{width}}", doing):
+                with ctx.out.live_line(label.ljust(width), doing):
                     report(label)
             except KodeError as failure:
                 ctx.out.error(failure)
@@ -6111,7 +6111,7 @@ def start_detached(ctx: Context, labels: Sequence[str], prepare: Callable[[str],
 
     def report(label: str, address: str) -> None:
         started.append(label)
-        ctx.out.result(f"{label:{width}} {address}{ctx.out.elapsed()}" if several else address)
+        ctx.out.result(f"{label.ljust(width)} {address}{ctx.out.elapsed()}" if several else address)
 
     def start(label: str) -> str:
         with ctx.manager.holding(label):
