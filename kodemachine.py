@@ -2914,15 +2914,19 @@ class VM:
         if reply.outcome is not Outcome.DONE:
             raise TimedOut(f"UTM does not report the serial ports of {self.name} ({reply.outcome.value})",
                            "Check UTM's window, then try again.")
-        ports = reply.out.splitlines()
-        if index is not None:
-            ports = ports[index:index + 1]
-        for port in ports:
+        usable = {}
+        for number, port in enumerate(reply.out.splitlines()):
             kind, _, place = port.partition(" ")
             if kind in ("ptty", "tcp") and place:
-                return place
-        which = "" if index is None else f"{index} "
-        raise KodeError(f"{self.name} has no serial port {which}that can be attached to",
+                usable[number] = place
+        if index is None:
+            index = min(usable, default=0)
+        if index in usable:
+            return usable[index]
+        if usable:
+            raise KodeError(f"{self.name} has no serial port {index} that can be attached to",
+                            f"Use --index with one of: {', '.join(map(str, usable))}")
+        raise KodeError(f"{self.name} has no serial port that can be attached to",
                         "In UTM, give the image a serial device in mode 'Pseudo-TTY'; new clones then have it.")
 
 
@@ -5156,6 +5160,34 @@ class Outlet:
                 return
 
 
+KEY_EVENT = re.compile(rb"\x1b\[(?P<code>\d+)(?::(?P<shifted>\d*))?(?::(?P<base>\d*))?"
+                       rb"(?:;(?P<modifiers>\d*)(?::(?P<event>\d*))?(?:;(?P<text>\d*)[\d:]*)?)?u")
+SHIFT, CTRL, LOCKS = 1, 4, 64 + 128
+# The keys that send a control byte together with Ctrl, besides the one that it is named after.
+CONTROL_ALIASES = {0: " 2", 27: "3", 28: "4", 29: "5", 30: "6~", 31: "7/-"}
+
+
+def is_key(sequence: bytes, key: int) -> bool:
+    """Whether an escape sequence is a press of the key that sends the byte `key` in a plain terminal.
+
+    kitty's keyboard protocol has CSI code:shifted:base ; modifiers:event ; text u. xterm's modifyOtherKeys has
+    CSI 27 ; modifiers ; code ~, or the same as kitty. The modifiers are 1 + a bit for each; event 3 is a release.
+    """
+    match = KEY_EVENT.fullmatch(re.sub(rb"\[27;(\d+);(\d+)~\Z", rb"[\2;\1u", sequence))
+    if not match or match["event"] == b"3":
+        return False
+    pressed = int(match["modifiers"] or 1) - 1
+    if key < 32:
+        # As in a plain terminal, other modifiers than Ctrl make no difference.
+        names = chr(key + 64) + chr(key + 64).lower() + CONTROL_ALIASES.get(key, "")
+        codes = {int(match[part] or 0) for part in ("code", "shifted", "base")}
+        return bool(pressed & CTRL) and not codes.isdisjoint(map(ord, names))
+    typed = int(match["text"] or match["shifted"] or match["code"])
+    if pressed & SHIFT and ord("a") <= typed <= ord("z"):
+        typed -= 32
+    return typed == key and not pressed & ~(SHIFT | LOCKS)
+
+
 class SerialRelay:
     """A relay between a person (or a pipe) and a serial line: raw, 8-bit clean, with back-pressure both ways."""
 
@@ -5166,6 +5198,9 @@ class SerialRelay:
         """Relays `source` to `line`, and `line` to `sink` and `log`. The key `escape` ends it; without one: b""."""
         self._line, self._source = line, source
         self._escape, self._log = escape, log
+        # An escape sequence, the escape key, or the beginning of a sequence at the end of what was read.
+        self._keys = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|%b|(?P<begun>\x1b(?:\[[0-?]{0,60})?\Z)" % re.escape(escape))
+        self._begun = b""
         # A terminal that was closed is not one any more.
         self._is_person, self._source_ended = os.isatty(source), False
         self._opened: int | None = None
@@ -5246,14 +5281,30 @@ class SerialRelay:
             self._source_ended = True
             # The end of a pipe is only the end of its input. A terminal that ends was closed.
             return "reader" if self._is_person else ""
-        keys, escape = data or b"", b""
-        if self._escape:
-            keys, escape, _ = keys.partition(self._escape)
-        self._to_line.waiting += keys
-        if escape:
+        keys = data or b""
+        end = self.before_escape(keys)
+        self._to_line.waiting += keys[:end]
+        if end is not None:
             self._to_line.drain()
             return "escape"
         return ""
+
+    def before_escape(self, data: bytes) -> int | None:
+        """How many of the bytes come before the escape key; None without it.
+
+        The key is found in each form that a terminal can send. To turn these forms off would not help: a program in
+        the guest turns them on through this very line, and needs them. Nothing is held back from the guest, whose
+        programs wait for what follows a lone ESC. So of a sequence that arrives in two parts, the guest gets the first.
+        """
+        if not self._escape:
+            return None
+        text, earlier = self._begun + data, len(self._begun)
+        self._begun = b""
+        for match in self._keys.finditer(text):
+            if match[0] == self._escape or is_key(match[0], self._escape[0]):
+                return max(0, match.start() - earlier)
+            self._begun = match["begun"] or b""
+        return None
 
     def _read(self, handle: int) -> bytes | None:
         """Bytes from a handle; b"" at its end; None if there was nothing to read after all."""
@@ -6281,8 +6332,10 @@ def greet_person(ctx: Context, vm: VM, escape: bytes) -> None:
     ctx.out.note(f"--- console of {vm.name}; Enter shows its prompt; {leave} ---")
     with contextlib.suppress(OSError):
         size = os.get_terminal_size(0)
-        ctx.out.note(f"--- a serial line does not pass on the window size; in the guest: "
-                     f"stty rows {size.lines} cols {size.columns} ---")
+        # A terminal without a window reports zeros.
+        if size.lines and size.columns:
+            ctx.out.note(f"--- a serial line does not pass on the window size; in the guest: "
+                         f"stty rows {size.lines} cols {size.columns} ---")
 
 
 def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:

@@ -4951,7 +4951,7 @@ class AttachTest(Case):
 
     def attach(self, *options: str) -> Terminal:
         terminal = self.km_tty("attach", "a", *options)
-        terminal.expect(rb"console of km-a; .*\n.*stty rows \d+ cols \d+ ---\r\n")
+        terminal.expect(rb"console of km-a; .* ---\r\n")
         wait_for(lambda: terminal.attributes() != terminal.before)
         return terminal
 
@@ -5052,6 +5052,47 @@ class AttachTest(Case):
         bad = self.km("attach", "a", "--escape", "alt-f4")
         self.assertEqual((bad.code, bad.err.count("\n")), (2, 2))
 
+    # What kitty's keyboard protocol and xterm's modifyOtherKeys (both formats) send for a key.
+    ESCAPE_KEYS = (
+        ("ctrl-]", "93;5u 93;5:1u 93;5:2u 93;69u 93;133u 93;197:1u 93::93;5u 1098::93;5u 93:125;6u 93;5;29u 53;5u"
+                   " 27;5;93~ 27;69;93~", "93u 93;5:3u 93;1u 93;2u 91;5u 27;5;91~ 27;3;93~ 93;5~ 93;5A"),
+        ("ctrl-a", "97;5u 97;69u 97:65;6u 27;5;97~ 27;6;65~ 65;6u 1092::97;5u", "97;1u 97:65;2u 98;5u 27;2;65~"),
+        ("ctrl-^", "94;5u 54;6u 54:94;6u 27;6;94~", "54;2u"),
+        ("x", "120u 120;1u 120;1:1u 120;129u 120;;120u 120;1:1;120u 27;1;120~", "120;5u 120;2u 120;3u 120;1:3u 15~"),
+        ("X", "120;2u 120:88;2u 120;2;88u 27;2;88~", "120u"),
+        ("~", "96:126;2u 96;2;126u", "3~ 27;5;9~ 96;2u 200~"),
+        ("5", "53u", "15~ 1;5A 97;5u"),
+    )
+
+    def test_escape_key_is_known_in_all_forms_that_terminals_send(self) -> None:
+        for key, forms, others in self.ESCAPE_KEYS:
+            escape = kodemachine.escape_byte(key)
+            for known, sequences in ((True, forms.split()), (False, others.split())):
+                for sequence in sequences:
+                    octets = b"a\x1b[" + sequence.encode()
+                    relay = kodemachine.SerialRelay(0, 0, 1, escape, None)
+                    self.assertEqual(relay.before_escape(octets + b"b"), 1 if known else None, (key, sequence))
+                    for cut in range(2, len(octets)):
+                        found = relay.before_escape(octets[:cut]), relay.before_escape(octets[cut:] + b"b")
+                        self.assertEqual(found, (None, 0 if known else None), (key, sequence, cut))
+                    self.assertIsNone(relay.before_escape(b"b"))
+
+    def test_escape_sequence_in_two_parts_leaves_and_a_lone_escape_is_not_held_back(self) -> None:
+        terminal = self.attach()
+        terminal.send(b"a\x1b")
+        self.assertEqual(self.line.hear(2), b"a\x1b")
+        terminal.send(b"[93;5u")
+        self.assertEqual(terminal.wait(), 0)
+        terminal.expect(b"console of km-a: left")
+        self.assertFalse(select.select([self.line.machine], [], [], 0)[0])
+
+    def test_window_size_is_named_unless_it_is_unknown(self) -> None:
+        terminal = self.attach()
+        self.assertNotIn(b"stty", terminal.seen)        # this terminal has 0 rows and 0 columns
+        terminal.send(b"\x1d")
+        terminal.wait()
+        self.screen("attach", "a", columns=77).expect(rb"Enter shows its prompt.*\n.*stty rows 24 cols 77 ---\r\n")
+
     def test_pipe_passes_input_and_output_until_the_line_closes(self) -> None:
         process = self.pipe()
         assert process.stdin and process.stdout
@@ -5140,8 +5181,8 @@ class AttachTest(Case):
         self.utm.change("km-a", serials=[{"kind": "terminal"}, {"kind": "ptty", "path": self.line.path}])
         self.assertEqual(self.km("attach", "a", "--index", "1", "--timeout", "0.2").code, 0)
         result = self.km("attach", "a", "--index", "7")
-        self.assertEqual(result.code, 1)
-        self.assertIn("no serial port 7", result.err)
+        self.assert_says(result, 1, "no serial port 7", "--index with one of: 1\n")
+        self.assert_says(self.km("attach", "a", "--index", "0"), 1, "no serial port 0", "--index with one of: 1\n")
 
     def test_missing_and_foreign_serial_ports_are_errors(self) -> None:
         with tempfile.NamedTemporaryFile(dir=self.home) as file:
