@@ -296,11 +296,36 @@ def iso_time(when: float) -> str:
 RUN_AGAIN = "Fix that and run the command again."
 
 
+def nearest(path: str) -> str:
+    """The path, or the folder nearest to it, that exists as far as this user can see."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def access_hint(path: str) -> str:
+    """The hint for a path to which the system denies access: the first folder or file that belongs to another user."""
+    at = nearest(path)
+    hint = f"To see its owner and mode: ls -ld {shlex.quote(at)}"
+    foreign = ""
+    # An earlier `sudo` may have made several folders. Those around one's own folders are the system's.
+    while os.lstat(at).st_uid != os.geteuid():
+        foreign, at = at, os.path.dirname(at)
+        if at == foreign:
+            return hint
+    if foreign:
+        return f'{foreign} belongs to another user. To change that: sudo chown -R "$(id -un)" {shlex.quote(foreign)}'
+    return hint
+
+
 @contextlib.contextmanager
 def explained(path: str, hint: str = RUN_AGAIN) -> Iterator[None]:
     """Turns an OSError of the block into a KodeError that names the path."""
     try:
         yield
+    except PermissionError as failure:
+        raise KodeError(f"{path}: {failure.strerror}", access_hint(path)) from None
     except OSError as failure:
         raise KodeError(f"{path}: {failure.strerror or failure}", hint) from None
 
@@ -316,7 +341,16 @@ def make_folder(path: str) -> None:
             os.mkdir(path, 0o700)
         owner = os.stat(path).st_uid
     if owner != os.geteuid():
-        raise KodeError(f"{path} belongs to another user", "Remove it, or change its owner (chown).")
+        raise KodeError(f"{path} belongs to another user", access_hint(path))
+
+
+def must_be_usable(path: str) -> None:
+    """Raises KodeError if a folder cannot be read and written, or made. Changes nothing."""
+    at = nearest(path)
+    if not os.path.isdir(at):
+        raise KodeError(f"{at} is not a folder", "Move it away.")
+    if not os.access(at, os.R_OK | os.W_OK | os.X_OK):
+        raise KodeError(f"{path} cannot be used: {os.strerror(errno.EACCES)}", access_hint(at))
 
 
 def write_file(path: str, text: str) -> None:
@@ -1059,6 +1093,18 @@ PATHS = ("identity_file", "utmctl", "documents", "first_boot")
 REMOVED_SETTINGS = ("headless",)
 
 
+def json_problem(failure: json.JSONDecodeError) -> str:
+    """The problem of a text that is not JSON, in plain words where other formats differ from JSON."""
+    before, after = failure.doc[:failure.pos], failure.doc[failure.pos:]
+    if after.startswith(("//", "/*", "#")):
+        return "JSON does not allow comments"
+    # From Python 3.13 on, the position is that of the comma.
+    has_comma = before.rstrip().endswith(",") or after.startswith(",")
+    if has_comma and after.lstrip(", \t\r\n").startswith(("}", "]")):
+        return "JSON does not allow a comma after the last value"
+    return failure.msg
+
+
 class Config:
     """The configuration file. A file that is broken is an error, and is never replaced by the defaults."""
 
@@ -1069,10 +1115,13 @@ class Config:
         try:
             text = read_text(self.path)
             if text is not None and os.stat(self.path).st_uid not in (os.geteuid(), 0):
-                raise OSError(errno.EPERM, "belongs to another user")
+                raise PermissionError(errno.EPERM, "belongs to another user")
+        except PermissionError as failure:
+            raise UsageError(f"{self.path}: {failure.strerror}", access_hint(self.path)) from None
         except OSError as failure:
             raise UsageError(f"{self.path}: {failure.strerror}", "Fix the file, or move it away.") from None
-        return text
+        # Some editors begin a file with a byte order mark.
+        return text and text.removeprefix("\ufeff")
 
     def load(self, unless: str = "") -> dict[str, Any]:
         """The keys that the file sets, checked except for the key `unless`.
@@ -1095,13 +1144,13 @@ class Config:
         return found
 
     def _parse(self, text: str) -> dict[str, Any]:
-        if not text:
+        if not text.strip():
             raise UsageError(f"{self.path}:1:1: the file is empty", "Write {} into it, or remove it.")
         try:
             found = json.loads(text, object_pairs_hook=self._pairs)
         except json.JSONDecodeError as failure:
             where = f"{self.path}:{failure.lineno}:{failure.colno}"
-            raise UsageError(f"{where}: {failure.msg}", "The file must be one JSON object.") from None
+            raise UsageError(f"{where}: {json_problem(failure)}", "The file must be one JSON object.") from None
         except (ValueError, RecursionError) as failure:
             raise UsageError(f"{self.path}: {failure}", "The file must be one JSON object.") from None
         if not isinstance(found, dict):
@@ -1339,7 +1388,9 @@ class State:
                 self._cached = {uuid: Record.from_json(record) for uuid, record in found.items()}
                 self._cached_file = file
                 return dict(self._cached)
-        except (ValueError, RecursionError, OSError) as failure:
+        except OSError as failure:
+            problem = failure.strerror or str(failure)
+        except (ValueError, RecursionError) as failure:
             problem = str(failure)
         if not self.trouble:
             self.trouble = f"{self.path('machines.json')} cannot be read ({problem})"
@@ -1553,12 +1604,20 @@ def near_label(label: str, labels: Iterable[str]) -> str | None:
 
 def label_of_folder(prefix: str) -> str:
     """A label from the name of the current folder. Raises UsageError."""
+    import unicodedata
+
     try:
         here = os.path.basename(os.getcwd())
     except OSError as failure:
         raise UsageError(f"the current folder has no name: {failure.strerror}", "Change to another folder.") from None
-    label = re.sub(r"[^a-z0-9]+", "-", here.lower()).strip("-")
-    return label.removeprefix(prefix)[:63 - len(prefix)].rstrip("-")
+    # Without its accents. A letter that is then not one of a-z must not be dropped: "Проект 1" is not "Другой 1".
+    plain = "".join(c for c in unicodedata.normalize("NFKD", here.casefold()) if not unicodedata.combining(c))
+    label = re.sub(r"[^a-z0-9]+", "-", plain).strip("-").removeprefix(prefix)
+    if not plain.isascii() or not label or len(prefix + label) > 63:
+        suggested = f"project-{label}"[:40].rstrip("-")
+        raise UsageError(f"the name of the current folder, {here!r}, cannot be made into a label",
+                         f"Choose a label and use it instead of '.', for example: {suggested}")
+    return label
 
 
 def check_label(text: str, settings: Settings) -> str:
@@ -3581,12 +3640,22 @@ ADDRESS_LIMIT = 5.0
 
 
 def open_script(path: str) -> BinaryIO:
-    """Opens the script that `first_boot` names. Raises UsageError."""
+    """Opens the script that `first_boot` names. Raises UsageError if it cannot be read, or could not run in a guest."""
     try:
-        return open(path, "rb")
+        text = read_text(path)
+        first = (text or "").partition("\n")[0]
+        # Linux runs a program without "#!" only if it is binary, and reads a "\r" as a part of the interpreter's name.
+        is_program = first.startswith(("#!", "\x7fELF"))
+        if text is None or is_program and not first.endswith("\r"):
+            return open(path, "rb")
     except OSError as failure:
-        raise UsageError(f"first_boot is {path}: {failure.strerror}", "Name another script: kodemachine config set "
-                         "first_boot PATH; for none: kodemachine config unset first_boot") from None
+        raise UsageError(f"first_boot is {path}: {failure.strerror or failure}", "Name another script: kodemachine "
+                         "config set first_boot PATH; for none: kodemachine config unset first_boot") from None
+    if is_program:
+        raise UsageError(f"first_boot is {path}, but its lines end as those of Windows do (CRLF)",
+                         f"To convert it: perl -pi -e 's/\\r$//' {shlex.quote(path)}")
+    raise UsageError(f"first_boot is {path}, but it does not begin with #!",
+                     "For a shell script, make this the first line: #!/bin/sh")
 
 
 class Manager:
@@ -4112,8 +4181,7 @@ def public_key(identity_file: str | None) -> str:
         places = [os.path.expanduser(f"~/.ssh/id_{kind}.pub") for kind in KEY_KINDS]
         hint = "Make one: ssh-keygen -t ed25519; or name yours: kodemachine config set identity_file PATH"
     for place in places:
-        line = ""
-        with contextlib.suppress(OSError):
+        with explained(place):
             line = (read_text(place) or "").partition("\n")[0]
         match = PUBLIC_KEY.match(line)
         # A comment may contain anything; the key goes into shell scripts and JSON.
@@ -4855,7 +4923,10 @@ class Doctor:
     def _ssh_key(self) -> Iterable[Result]:
         if self._settings.identity_file:
             return identity_problems(self._settings.identity_file)
-        paths = [os.path.expanduser(f"~/.ssh/id_{kind}") for kind in KEY_KINDS]
+        folder = os.path.expanduser("~/.ssh")
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            return [(ERROR, f"{folder} cannot be read, and ssh needs it", access_hint(folder))]
+        paths = [os.path.join(folder, f"id_{kind}") for kind in KEY_KINDS]
         # The exit status of ssh-add is 1 for an agent without keys, and 2 without an agent (ssh-add(1)).
         if any(map(os.path.exists, paths)) or self._utm.call("ssh-add", "-l").outcome is Outcome.DONE:
             return []
@@ -6134,9 +6205,9 @@ def run_first_boot(ctx: Context, vm: VM, address: str) -> None:
     if not path:
         return
     program, *words = ctx.manager.ssh.argv(vm, address, [shlex.join(["exec", "sh", "-c", RUN_SCRIPT])])
-    ctx.out.step(f"running {path} in {vm.name}")
-    ctx.out.end_step()
     with open_script(path) as file:
+        ctx.out.step(f"running {path} in {vm.name}")
+        ctx.out.end_step()
         code = run_foreground(ctx, [program, "-T", *words], file.fileno(), 2)
     if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
         raise Interrupted(code - 128)
@@ -6285,8 +6356,19 @@ def cmd_exec(ctx: Context, opts: Arguments) -> int:
     return code
 
 
+@contextlib.contextmanager
+def local_path_suggested(path: str) -> Iterator[None]:
+    """Adds to the error for a path whose part before the colon is not a machine that the path may be a local one."""
+    try:
+        yield
+    except (UsageError, NotFound) as failure:
+        failure.hint += f"\nFor a file on this Mac: {shlex.quote('./' + path)}"
+        raise
+
+
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
          option("-r", action="store_true", dest="recursive", help="whole folders"),
+         option("-O", action="store_true", dest="without_sftp", help="use scp's old protocol: the guest needs scp"),
          examples=["cp notes.txt project-alpha:", "cp -r project-alpha:results ."])
 def cmd_cp(ctx: Context, opts: Arguments) -> int:
     """copy files to, from and between running machines"""
@@ -6294,28 +6376,40 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     if len(opts.paths) < 2:
         raise UsageError("cp needs a source and a destination", example)
     manager, prefix = ctx.manager, ctx.manager.settings.prefix
-    labels, operands = [], []
+    labels: dict[str, str] = {}
+    operands = []
     for path in opts.paths:
         host, colon, file = path.partition(":")
         if colon and "/" not in host:
-            label = manager.label(host)
-            labels.append(label)
+            with local_path_suggested(path):
+                label = manager.label(host)
+            labels[label] = path
             operands.append(f"{prefix}{label}:{file}")
         else:
             operands.append(path)
     if not labels:
         raise UsageError("none of these paths is in a machine", example)
     pinned = True
-    for label in dict.fromkeys(labels):
+    for label, path in labels.items():
         # Without this, scp would report a machine that is missing or off in its own, unclear words.
-        with manager.holding(label):
+        with local_path_suggested(path), manager.holding(label):
             pinned &= manager.running(label)[2]
     ctx.out.end_step()
-    options = {**manager.ssh.name_options(pinned), **COPY_OPTIONS, **manager.ssh.keep_alive(prefix + labels[0])}
+    options = {**manager.ssh.name_options(pinned), **COPY_OPTIONS,
+               **manager.ssh.keep_alive(f"{prefix}{next(iter(labels))}")}
     # ssh starts our proxy with this shell. sh reads no start-up file, which could print something first.
     os.environ["SHELL"] = "/bin/sh"
-    recursive = ["-r"] if opts.recursive else []
-    exec_ssh(["scp", *recursive, "-3", *as_words(options), "--", *operands])
+    flags = ["-3"]
+    if opts.recursive:
+        flags.append("-r")
+    if opts.without_sftp:
+        flags.append("-O")
+    code = run_foreground(ctx, ["scp", *flags, *as_words(options), "--", *operands])
+    # scp's own words for a guest without an sftp server are "subsystem request failed".
+    if code == 255 and not opts.without_sftp:
+        ctx.out.warn("the connection ended. If its subsystem request failed, the guest has no sftp server: "
+                     "install openssh-sftp-server in it, or add -O to this command")
+    return code
 
 
 # The words for each way in which a console session ends.
@@ -6589,6 +6683,13 @@ def all_findings(ctx: Context) -> Iterator[Finding]:
         Config(ctx.config.path, Notes()).settings()
     except KodeError as failure:
         yield Finding("config", ERROR, failure.message, failure.hint)
+    # A configuration that others maintain may be read-only.
+    folders = {"config": (WARNING, os.path.dirname(ctx.config.path)), "state": (ERROR, ctx.manager.state.folder)}
+    for name, (level, folder) in folders.items():
+        try:
+            must_be_usable(folder)
+        except KodeError as failure:
+            yield Finding(name, level, failure.message, failure.hint)
     yield from Doctor(ctx.manager).findings()
 
 
@@ -7029,13 +7130,16 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     if action == "get":
         show_settings(ctx, key, as_json=opts.as_json)
         return 0
+    path = os.path.expanduser(value or "")
+    if key == "first_boot" and os.path.exists(path):
+        open_script(path).close()
     with ctx.manager.state.lock("fleet", 30, what="the fleet"):
         # An empty value unsets it too.
         if value:
             ctx.config.set(key, value)
         else:
             ctx.config.unset(key)
-    if key in PATHS and value and not os.path.exists(os.path.expanduser(value)):
+    if key in PATHS and value and not os.path.exists(path):
         ctx.out.warn(f"{key}: {value} does not exist yet")
     return 0
 

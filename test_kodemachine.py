@@ -2022,7 +2022,7 @@ class Sshd:
         """As in /etc/ssh/ssh_host_ed25519_key.pub."""
         return read_text(self.path("host.pub")).strip()
 
-    def start(self) -> None:
+    def start(self, sftp: bool = True) -> None:
         program = self.program()
         assert program
         if os.geteuid() == 0 and sys.platform == "linux":
@@ -2039,8 +2039,9 @@ class Sshd:
             "MaxStartups": 100,
             "LogLevel": "VERBOSE",
             "PrintMotd": "no",
-            "Subsystem": "sftp internal-sftp",
         }
+        if sftp:
+            options["Subsystem"] = "sftp internal-sftp"
         lines = [f"{key} {value}\n" for key, value in options.items()]
         lines += [f"ListenAddress {host}:{self.port}\n" for host in self.hosts]
         with open(self.path("sshd_config"), "w", encoding="utf-8") as file:
@@ -3876,8 +3877,25 @@ class LabelTest(Case):
         self.assert_machines("km-home-of-a-user")
         folder = os.path.join(self.home, "KM-foo")
         os.mkdir(folder)
-        there = ["/bin/sh", "-c", f'cd {shlex.quote(folder)} && exec "$@"', "sh", *self.command("stop", ".")]
-        self.assertIn("there is no machine foo", self.run_program(there).err)
+        self.assertIn("there is no machine foo", self.stop_dot("KM-foo").err)
+
+    def stop_dot(self, folder: str) -> Result:
+        """`stop .` in a folder of the home."""
+        path = os.path.join(self.home, folder)
+        os.makedirs(path, exist_ok=True)
+        there = ["/bin/sh", "-c", f'cd {shlex.quote(path)} && exec "$@"', "sh", *self.command("stop", ".")]
+        return self.run_program(there)
+
+    def test_dot_drops_accents_and_never_letters(self) -> None:
+        for folder, label in (("café", "cafe"), ("cafe\u0301 2", "cafe-2"), ("Größe", "grosse"), ("Ｗｅｂ", "web"),
+                              ("my_app (copy)", "my-app-copy"), ("İstanbul", "istanbul")):
+            self.assert_says(self.stop_dot(folder), 3, f"there is no machine {label}\n")
+        for folder, suggested in (("Проект 1", "project-1"), ("Другой 1", "project-1"), ("søk", "project-s-k"),
+                                  ("日本", "project"), ("🌙 web", "project-web"), ("___", "project"),
+                                  ("a" * 61, "project-" + "a" * 32)):
+            result = self.stop_dot(folder)
+            self.assert_says(result, 2, f"the current folder, {folder!r}, cannot", f"for example: {suggested}\n")
+            self.assertEqual(kodemachine.check_label(suggested, kodemachine.Settings()), suggested)
 
     def test_mistyped_command_creates_no_machine(self) -> None:
         for word, meant in (
@@ -4381,12 +4399,31 @@ class FirstBootTest(Case):
         self.assert_says(self.km("a", "--rm"), 1, "ended with exit status 9", "deleting km-a (--rm)")
         self.assertEqual(self.utm.names(), [IMAGE])
 
-    def test_unreadable_script_creates_no_machine(self) -> None:
+    def test_script_that_cannot_run_creates_no_machine(self) -> None:
         self.with_fake_ssh()
-        os.unlink(self.script)
-        self.assert_says(self.km("start", "-d", "a"), 2, self.script, "config set first_boot")
+        for content, words in ((None, ("No such file", "config set first_boot")), ("folder", ("not a regular",)),
+                               ("fifo", ("not a regular file",)), ("", ("does not begin with #!",)),
+                               ("echo hello\n", ("does not begin with #!", "#!/bin/sh")),
+                               ("\ufeff#!/bin/sh\n", ("does not begin with #!",)),
+                               ("#!/bin/sh\r\necho hello\r\n", ("Windows do (CRLF)", "perl -pi"))):
+            self.script = os.path.join(self.folder, f"script {len(os.listdir(self.folder))}")
+            if content == "folder":
+                os.mkdir(self.script)
+            elif content == "fifo":
+                os.mkfifo(self.script)
+            elif content is not None:
+                self.write(self.script, content)
+            self.use(first_boot=self.script)
+            self.assert_says(self.km("start", "-d", "a"), 2, f"first_boot is {self.script}", *words)
+            code = 0 if content is None else 2
+            self.assert_says(self.km("config", "set", "first_boot", self.script), code)
         self.assertEqual((self.utm.names(), self.asked("clone")), ([IMAGE], []))
-
+        convert = re.search(r"To convert it: (.*)", self.km("start", "-d", "a").err)
+        assert convert
+        self.assertEqual(self.run_program(["/bin/sh", "-c", convert[1]]), (0, "", ""))
+        self.assertEqual(self.read(self.script), "#!/bin/sh\necho hello\n")
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        self.assertEqual(self.sent(), 1)
 
     def test_ctrl_c_and_ctrl_backslash_end_the_script_and_it_is_run_again(self) -> None:
         self.with_sshd(first_boot=self.script)
@@ -4902,6 +4939,26 @@ class CpTest(Case):
             self.assertEqual(result.code, 0, (words, result.err))
         found = [os.path.join(folder, "sub/two"), os.path.join(self.home, "back/two"), os.path.join(folder, "across")]
         self.assertEqual([path for path in found if not os.path.exists(path)], [])
+
+    def test_colon_in_a_local_path_is_explained(self) -> None:
+        self.utm.change("km-a", status="stopped")
+        for words, code, said in ((["a:b", "b:"], 4, ""), (["c:d", "b:"], 3, "./c:d"),
+                                  (["12 o'clock: x", "b:"], 2, "./12 "), (["b:x", "at:12:30"], 3, "./at:12:30")):
+            result = self.km("cp", *words)
+            self.assertEqual(result.code, code, result.err)
+            hints = re.findall(r"For a file on this Mac: (.*)\n", result.err)
+            self.assertEqual([shlex.split(hint)[0].startswith(said) for hint in hints], [True] if said else [])
+        self.assertEqual(self.utm.calls(tool="scp"), [])
+
+    def test_guest_without_sftp_server_is_explained_and_the_old_protocol_works(self) -> None:
+        self.server.stop()
+        self.server.start(sftp=False)
+        self.write("one", "one")
+        there = os.path.join(self.folder, "copied")
+        failed = self.km("cp", "one", f"a:{there}")
+        self.assert_says(failed, 255, "subsystem request failed", "has no sftp server: install", "add -O")
+        self.assert_says(self.km("cp", "-O", "one", f"a:{there}"), 0)
+        self.assertEqual(self.read(there), "one")
 
     def test_cp_reports_mistakes_before_scp_runs(self) -> None:
         self.utm.change("km-b", status="stopped")
@@ -7945,6 +8002,11 @@ class ConfigTest(Case):
             '{"base_image": ["x"]}': ":1:2: base_image",
             '{"basee_image": "x"}': ":1:2: unknown key 'basee_image'\n  Did you mean 'base_image'?",
             '{"prefix": "a-", "prefix": "b-"}': "key 'prefix' appears twice",
+            " \n": ":1:1: the file is empty",
+            '{\n "ssh_port": 22,\n}': ": JSON does not allow a comma after the last value",
+            '{\n // mine\n "ssh_port": 22}': ":2:2: JSON does not allow comments",
+            '{"ssh_port": 22 /* mine */}': ":1:17: JSON does not allow comments",
+            '# mine\n{}': ":1:1: JSON does not allow comments",
             "[" * 100000: "",
             '{"base_image": "\x1b[2J"}': ":1:17: ",
         }
@@ -7956,6 +8018,10 @@ class ConfigTest(Case):
                 self.assertEqual(self.read(self.path), text)
         self.assertEqual(self.utm.calls(), [])
 
+
+    def test_byte_order_mark_is_ignored(self) -> None:
+        self.write(self.path, '\ufeff{"ssh_user": "me"}')
+        self.assertEqual(self.km("config", "get", "ssh_user"), (0, "me\n", ""))
 
     def test_get_rejects_a_value(self) -> None:
         self.assert_refused("kodemachine config set ssh_user 'a b'", "config", "get", "ssh_user", "a b")
@@ -8017,7 +8083,7 @@ class ConfigTest(Case):
 
     def test_relative_path_is_stored_as_an_absolute_path(self) -> None:
         script = os.path.join(self.home, "set up.sh")
-        os.close(os.open(script, os.O_CREAT))
+        self.write(script, "#!/bin/sh\n")
         for key, path in (("first_boot", "set up.sh"), ("documents", "."), ("identity_file", "./x/../set up.sh")):
             self.assertEqual(self.km("config", "set", key, path).code, 0)
             self.assertEqual(json.loads(self.read(self.path))[key], self.home if path == "." else script)
@@ -10039,11 +10105,37 @@ class StateFolderTest(Case):
         os.chown(self.state, nobody, -1)
         result = self.km("delete", "a")
         self.assertEqual((result.code, self.utm.names()), (1, ["km-a"]))
-        self.assertIn("belongs to another user", result.err)
+        self.assert_says(result, 1, "belongs to another user", f'sudo chown -R "$(id -un)" \'{self.state}\'\n')
         os.chown(self.config(), nobody, -1)
         result = self.km("list")
-        self.assertEqual(result.code, 2)
-        self.assertIn("belongs to another user", result.err)
+        self.assert_says(result, 2, "belongs to another user", f'sudo chown -R "$(id -un)" \'{self.config()}\'\n')
+
+    # Everything is imported before the change of the user, who may not read Python's own files.
+    AS_NOBODY = """import os, sys; sys.path.insert(0, sys.argv[1]); import kodemachine as k; os.setuid(int(sys.argv[2]))
+for do in k.make_folder, k.must_be_usable, lambda path: k.write_file(path + "/x", ""):
+    try: do(sys.argv[3])
+    except k.KodeError as failure: print(failure.hint)"""
+
+    def test_the_folder_of_root_is_named_whichever_it_is(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can make a folder of root")
+        nobody = pwd.getpwnam("nobody").pw_uid
+        os.chown(self.home, nobody, -1)
+        for of_root, mode in ((".local", 0o755), (".local", 0o700), (".local/state", 0o755),
+                              (".local/state/kodemachine", 0o700)):
+            shutil.rmtree(os.path.join(self.home, ".local"), ignore_errors=True)
+            os.makedirs(os.path.join(self.home, of_root))
+            for path in (".local", ".local/state", ".local/state/kodemachine")[:of_root.count("/")]:
+                os.chown(os.path.join(self.home, path), nobody, -1)
+            os.chmod(os.path.join(self.home, of_root), mode)
+            at_fault = os.path.join(self.home, of_root)
+            hint = f'{at_fault} belongs to another user. To change that: sudo chown -R "$(id -un)" \'{at_fault}\'\n'
+            result = self.run_program([*self.PYTHON, "-c", self.AS_NOBODY, HERE, str(nobody), self.state])
+            self.assertEqual(result, (0, hint * 3, ""), (of_root, oct(mode)))
+
+    def test_doctor_names_a_folder_that_cannot_be_used(self) -> None:
+        self.write(".local/state", "a file")
+        self.assertIn(f"{self.home}/.local/state is not a folder", self.km("doctor").out)
 
     def test_configuration_may_be_in_a_folder_of_another_user(self) -> None:
         if os.geteuid() != 0:
