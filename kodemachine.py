@@ -7549,20 +7549,22 @@ def parse(argv: Sequence[str]) -> Arguments:
 # Each script asks the program itself, so nothing in it becomes outdated. For the names of files, and when the program
 # offers nothing, each shell does what it does without the script.
 #
-# Bash: also 3.2 of macOS, which has neither compopt nor mapfile; so each word brings the blank that ends it.
+# Each works with the options that a person may have set: of zsh, ksh_arrays or ignore_braces; of bash, another IFS, -u,
+# failglob or posix, in which 3.2 of macOS has no <(). That bash has neither compopt nor mapfile; so each word brings the
+# blank that ends it.
 COMPLETIONS = {"bash": r"""# for ~/.bashrc: eval "$(kodemachine completion bash)"
 _kodemachine() {
-  local line=${COMP_LINE:0:COMP_POINT} word found end
+  local line=${COMP_LINE:0:COMP_POINT} word found end IFS=$' \t\n'
   local -a words
   read -r -a words <<<"$line"
   [[ $line != *[[:blank:]] ]] || words[${#words[@]}]=
   word=${words[${#words[@]} - 1]}
   COMPREPLY=()
   while IFS=$'\t' read -r found _; do
-    [[ $found == "$word"* ]] || continue
+    [[ -n $found && $found == "$word"* ]] || continue
     [[ $found == *: ]] || found+=' '
     COMPREPLY[${#COMPREPLY[@]}]=$found
-  done < <(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)
+  done <<<"$(kodemachine __complete -- "${words[@]:1}" 2>/dev/null)"
   if [[ ${#COMPREPLY[@]} == 0 ]]; then
     compopt +o nospace 2>/dev/null
     return
@@ -7585,15 +7587,17 @@ _kodemachine() {
       *) whole+=("${word//:/\\:}:${line#*$'\t'}") ;;
     esac
   done
-  (( ! $#whole )) || { _describe kodemachine whole && found=0 }
-  (( ! $#open )) || { compadd -S '' -a open && found=0 }
-  (( ! found )) || { _files && found=0 }
+  (( ! $#whole )) || { _describe kodemachine whole && found=0; }
+  (( ! $#open )) || { compadd -S '' -a open && found=0; }
+  (( ! found )) || { _files && found=0; }
   return found
 }
-if [[ $funcstack[1] == _kodemachine ]]; then
+if [[ ${funcstack[1]-} == _kodemachine ]]; then
   _kodemachine "$@"
 else
-  (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+  if (( ! ${+functions[compdef]} )); then
+    autoload -Uz compinit && compinit -i
+  fi
   compdef _kodemachine kodemachine
 fi
 """, "fish": r"""# for ~/.config/fish/config.fish: kodemachine completion fish | source

@@ -8741,15 +8741,18 @@ class TabTest(Case):
             os.close(os.open(os.path.join(self.home, "files", file), os.O_CREAT))
         return path
 
-    def type_all(self, *argv: str) -> None:
-        """Types each line and Tab in an interactive shell, and compares the completed line, which echo prints."""
+    def type_all(self, *argv: str, options: str = "") -> None:
+        """Types each line and Tab in an interactive shell, and compares the completed line, which echo prints.
+
+        `options`: a command line that the person's own startup file has.
+        """
         terminal = Terminal(argv, {**self.environment, "TERM": "xterm", "PS1": "> "}, self.home)
         self.addCleanup(terminal.close)
-        terminal.send(f'stty cols 200; eval "$(kodemachine completion {os.path.basename(argv[0])})"\r'.encode())
+        terminal.send(f'stty cols 200; {options}\reval "$(kodemachine completion {os.path.basename(argv[0])})"\r'.encode())
         for typed, completed in self.TYPED:
             terminal.send(typed.encode() + b'\tx\x01echo "<\x05>"\r')      # an x, because zsh removes a last blank
             found = terminal.expect(rb"[\r\n](?:\x1b\[J)?<([^>\r\n]*)>\r\n").group(1).decode()
-            self.assertEqual(found, completed + "x")
+            self.assertEqual(found, completed + "x", options)
         terminal.send(b"exit\r")
         self.assertEqual(terminal.wait(), 0)
 
@@ -8769,6 +8772,15 @@ class TabTest(Case):
 
     def test_completion_works_in_bash(self) -> None:
         self.type_all(self.shell("bash"), "--noprofile", "--norc", "-i")
+
+    def test_completion_works_in_bash_with_other_options(self) -> None:
+        bash, options = self.shell("bash"), "IFS=xa; set -u -o posix; shopt -s failglob nullglob nocasematch"
+        self.type_all(bash, "--noprofile", "--norc", "-i", options=options)
+
+    def test_completion_works_in_zsh_with_other_options(self) -> None:
+        zsh = self.shell("zsh")
+        options = "IFS=xa; setopt ksh_arrays sh_word_split no_unset null_glob ignore_braces glob_subst rc_expand_param"
+        self.type_all(zsh, "-f", "-i", options=options)
 
     def test_completion_works_in_zsh(self) -> None:
         self.type_all(self.shell("zsh"), "-f", "-i")
