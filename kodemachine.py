@@ -2283,6 +2283,17 @@ def is_clear(addresses: Sequence[str]) -> bool:
     return bool(ranks) and ranks[0] not in ranks[1:] and not re.match(r"169\.254\.|fe80:", addresses[0])
 
 
+# QEMU's own network, which has 10.0.2.0/24 unless it is configured otherwise, lets a guest out and nobody in. UTM calls
+# it Emulated VLAN (the mode `emulated`).
+EMULATED_VLAN = ("Addresses of 10.0.2.x are those of UTM's network mode Emulated VLAN, in which the Mac cannot connect "
+                 "to a guest. Stop the machine, then choose Shared Network in its settings and in those of the image.")
+
+
+def is_emulated(addresses: Sequence[str]) -> bool:
+    """Whether a guest with these addresses is probably in the network mode Emulated VLAN."""
+    return any(address.startswith("10.0.2.") for address in addresses)
+
+
 # Seconds in which an address must greet as an SSH server, before the connection is tried again.
 GREETING = 3.0
 
@@ -2869,6 +2880,8 @@ class VM:
             seen = f"its ssh port does not answer at {', '.join(known)}"
             hint = f"Check its ssh server: kodemachine exec {self.name} -- systemctl status ssh"
         hint = f"{hint}\nOr {more_time}."
+        if is_emulated(known):
+            hint = EMULATED_VLAN
         if prober.unreachable and local_network_rules():
             hint = LOCAL_NETWORK
         problem = f"{self.name} cannot be reached by ssh after {limit:.0f} s"
@@ -3544,6 +3557,11 @@ class SshConfig:
             options["ForwardAgent"] = "yes"
         return ["ssh", *as_words(options), "--", address, *command]
 
+    def learn(self, vm: VM, address: str) -> None:
+        """Lets ssh pin the host key of a machine whose guest agent reports none, as its first session would."""
+        _, *words = self.argv(vm, address, [])
+        self._utm.call("ssh", "-o", "BatchMode=yes", "-o", "PreferredAuthentications=none", *words)
+
     def name_options(self, is_known: bool = True) -> dict[str, str]:
         """The options with which ssh, scp and others reach a machine by its name, through `kodemachine proxy`.
 
@@ -3893,6 +3911,15 @@ class Manager:
         self.prove_whole(self.vm(image))
         return image
 
+    @contextlib.contextmanager
+    def continuing(self, vm: VM, verb: str) -> Iterator[None]:
+        """Says after an interruption that UTM may still do what it was asked for."""
+        try:
+            yield
+        except Interrupted:
+            self._notes.warn(f"UTM may still {verb} {vm.name}; to see its state: kodemachine status {vm.label}")
+            raise
+
     # -- start
 
     def start(self, vm: VM, options: StartOptions, call: Call | None = None) -> str:
@@ -3900,12 +3927,16 @@ class Manager:
 
         Callers hold the label's lock.
         """
+        was_running = vm.power is Power.STARTED
         # One write for the whole start. The failure of a start counts more than one of this write.
         try:
             address = self._start(vm, options, call)
-        except BaseException:
+        except BaseException as failure:
             with contextlib.suppress(KodeError):
                 vm.remember()
+            if isinstance(failure, Interrupted) and not was_running and not vm.record.is_temporary:
+                turn_off = "" if vm.power is Power.STOPPED else f"; to shut it down: kodemachine stop {vm.label}"
+                self._notes.warn(f"{vm.name} is {vm.power.word}; to continue: kodemachine {vm.label}{turn_off}")
             raise
         vm.remember()
         return address
@@ -3943,6 +3974,9 @@ class Manager:
         if not vm.record.is_named or not self.ssh.knows(vm.name):
             self._notes.step(f"naming the guest {vm.label}")
             self._record_identity(vm, self.read_identity(vm))
+        if options.prove and not self.ssh.knows(vm.name):
+            # No session follows in which ssh would learn the key, and by its name a machine is reached only with one.
+            self.ssh.learn(vm, address)
         self._check_clock(vm, before)
         return address
 
@@ -4081,10 +4115,11 @@ class Manager:
         vm = self.find(label)
         if vm.power is Power.STOPPED:
             return "is already stopped"
-        if force or kill:
-            vm.force_off(kill)
-        else:
-            vm.ask_to_stop(limit)
+        with self.continuing(vm, "shut down"):
+            if force or kill:
+                vm.force_off(kill)
+            else:
+                vm.ask_to_stop(limit)
         return "stopped"
 
     def suspend(self, label: str) -> str:
@@ -4092,7 +4127,8 @@ class Manager:
         vm = self.find(label)
         if vm.power is Power.PAUSED:
             return "is already suspended"
-        vm.suspend(self.settings.stop_timeout)
+        with self.continuing(vm, "suspend"):
+            vm.suspend(self.settings.stop_timeout)
         return "suspended"
 
     def resume(self, label: str) -> str:
@@ -4104,7 +4140,8 @@ class Manager:
         def before_cold() -> None:
             raise WrongState(f"{vm.name} is stopped and cannot be resumed",
                              f"To start it: kodemachine start -d {label}")
-        vm.power_on(self.settings.boot_timeout, before_cold=before_cold)
+        with self.continuing(vm, "resume"):
+            vm.power_on(self.settings.boot_timeout, before_cold=before_cold)
         vm.set_clock()
         return "resumed"
 
@@ -4131,7 +4168,8 @@ class Manager:
             if machine and (machine.name != vm.name or not machine.label):
                 raise WrongState(f"{vm.uuid} is not the clone {vm.name} any more, and was not deleted",
                                  "To see all machines: kodemachine list -a")
-            vm.delete(LIMITS["delete"])
+            with self.continuing(vm, "delete"):
+                vm.delete(LIMITS["delete"])
             Order(self.state, vm.name).remove()
             # It may have been renamed in UTM.
             for name in {vm.name, vm.record.name or vm.name}:
@@ -5016,6 +5054,9 @@ class Doctor:
         for address, holders in self._running.items():
             if len(holders) > 1:
                 names = " and ".join(facts.name for facts in holders)
+                if is_emulated([address]):
+                    yield ERROR, f"{names} share the IP address {address}", EMULATED_VLAN
+                    continue
                 yield (ERROR, f"{names} share the IP address {address}: they have the same machine-id or MAC address",
                        f"Replace one of them: kodemachine start {holders[-1].label} --fresh")
 
@@ -5138,6 +5179,8 @@ class Doctor:
         prober.close()
         if winner:
             return OK, f"a guest's ssh server answers at {winner}", ""
+        if is_emulated(addresses):
+            return ERROR, f"no ssh server answers at {', '.join(addresses)}", EMULATED_VLAN
         if has_no_route and local_network_rules():
             return ERROR, "macOS blocks connections to the guests (no route to host)", LOCAL_NETWORK
         return (WARNING, f"no ssh server answers at {', '.join(addresses)}",
@@ -6205,12 +6248,17 @@ def run_first_boot(ctx: Context, vm: VM, address: str) -> None:
     if not path:
         return
     program, *words = ctx.manager.ssh.argv(vm, address, [shlex.join(["exec", "sh", "-c", RUN_SCRIPT])])
-    with open_script(path) as file:
-        ctx.out.step(f"running {path} in {vm.name}")
-        ctx.out.end_step()
-        code = run_foreground(ctx, [program, "-T", *words], file.fileno(), 2)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
-        raise Interrupted(code - 128)
+    try:
+        with open_script(path) as file:
+            ctx.out.step(f"running {path} in {vm.name}")
+            ctx.out.end_step()
+            code = run_foreground(ctx, [program, "-T", *words], file.fileno(), 2)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGQUIT):
+            raise Interrupted(code - 128)
+    except Interrupted:
+        if not vm.record.is_temporary:
+            ctx.out.warn(f"first_boot was interrupted in {vm.name}; to run it again: kodemachine {vm.label}")
+        raise
     if code:
         hint = (f"The machine is kept. To run the script again: kodemachine {vm.label}; to look inside: "
                 f"kodemachine ssh {vm.label}; to start without it: kodemachine config unset first_boot")
@@ -7549,9 +7597,9 @@ def parse(argv: Sequence[str]) -> Arguments:
 # Each script asks the program itself, so nothing in it becomes outdated. For the names of files, and when the program
 # offers nothing, each shell does what it does without the script.
 #
-# Each works with the options that a person may have set: of zsh, ksh_arrays or ignore_braces; of bash, another IFS, -u,
-# failglob or posix, in which 3.2 of macOS has no <(). That bash has neither compopt nor mapfile; so each word brings the
-# blank that ends it.
+# Each works with the options that a person may have set: of zsh, ksh_arrays or ignore_braces; of bash, another IFS,
+# failglob or posix, in which 3.2 of macOS has no <(). That bash has neither compopt nor mapfile; so each word brings
+# the blank that ends it.
 COMPLETIONS = {"bash": r"""# for ~/.bashrc: eval "$(kodemachine completion bash)"
 _kodemachine() {
   local line=${COMP_LINE:0:COMP_POINT} word found end IFS=$' \t\n'

@@ -4433,6 +4433,7 @@ class FirstBootTest(Case):
             terminal.expect(b"ready")
             terminal.send(key)
             self.assertEqual(terminal.wait(), code)
+            terminal.expect(b"first_boot was interrupted in km-a; to run it again: kodemachine a\r\n")
             self.assertEqual(terminal.attributes(), terminal.before)
             self.assertEqual(self.record("a")["first_boot"], "pending")
 
@@ -4939,6 +4940,12 @@ class CpTest(Case):
             self.assertEqual(result.code, 0, (words, result.err))
         found = [os.path.join(folder, "sub/two"), os.path.join(self.home, "back/two"), os.path.join(folder, "across")]
         self.assertEqual([path for path in found if not os.path.exists(path)], [])
+
+    def test_name_works_after_start_detached_though_the_agent_reports_no_keys(self) -> None:
+        self.utm.option(host_key="none")
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        self.assertIn(f"km-a {self.server.host_key_line.rpartition(' ')[0]}\n", self.read_state("known_hosts"))
+        self.assertEqual(self.run_program([os.path.join(self.bin, "ssh"), "km-a", "echo in"]), (0, "in\n", ""))
 
     def test_colon_in_a_local_path_is_explained(self) -> None:
         self.utm.change("km-a", status="stopped")
@@ -5806,6 +5813,8 @@ class IpTest(Case):
         self.vm("mute", "started", agent_after=None)
         result = self.km("ip", "mute", "--wait", "0.3")
         self.assert_says(result, 6, "its guest agent reports no IP address", "with --wait")
+        self.vm("vlan", "started", ips=["10.0.2.15", "fec0::5054:ff:fe12:3456"])
+        self.assert_says(self.km("ip", "vlan", "--wait", "0.3"), 6, "at 10.0.2.15", "Emulated VLAN", "Shared Network")
 
     def test_ip_explains_why_a_machine_has_no_address(self) -> None:
         for status in ("stopped", "paused"):
@@ -6065,6 +6074,12 @@ class DoctorTest(Case):
         self.utm.change("km-a", ips=[])
         self.assert_said(self.doctor(), network=r"warning: no guest agent reports an IP address "
                          r"\(running: km-a, km-b, km-c\) .*: kodemachine attach a$")
+
+    def test_emulated_vlan_is_the_cause_of_a_shared_address(self) -> None:
+        self.healthy()
+        self.vm("b", "started", ips=["10.0.2.15"])
+        self.vm("c", "started", ips=["10.0.2.15"])
+        self.assert_said(self.doctor(), addresses=r"error: km-b and km-c share .* 10\.0\.2\.15 .*Emulated VLAN.*Shared")
 
     def stub_ssh_add(self, status: int) -> None:
         path = os.path.join(self.bin, "ssh-add")
@@ -8748,7 +8763,8 @@ class TabTest(Case):
         """
         terminal = Terminal(argv, {**self.environment, "TERM": "xterm", "PS1": "> "}, self.home)
         self.addCleanup(terminal.close)
-        terminal.send(f'stty cols 200; {options}\reval "$(kodemachine completion {os.path.basename(argv[0])})"\r'.encode())
+        load = f'eval "$(kodemachine completion {os.path.basename(argv[0])})"'
+        terminal.send(f"stty cols 200; {options}\r{load}\r".encode())
         for typed, completed in self.TYPED:
             terminal.send(typed.encode() + b'\tx\x01echo "<\x05>"\r')      # an x, because zsh removes a last blank
             found = terminal.expect(rb"[\r\n](?:\x1b\[J)?<([^>\r\n]*)>\r\n").group(1).decode()
@@ -10306,6 +10322,23 @@ class CrashTest(Case):
                 self.spawn()
                 self.assert_machines("km-alpha")
                 self.remove("km-alpha")
+
+    def test_interruption_reports_what_still_happens(self) -> None:
+        running = "km-a is running; to continue: kodemachine a; to shut it down: kodemachine stop a\n"
+        for words, asked, fields, said in (
+            ("start -d a", "ip-address", {"status": "stopped", "ips": []}, running),
+            ("resume a", "start", {"status": "paused", "resume_seconds": 9.0}, "UTM may still resume km-a; to see"),
+            ("stop a", "stop", {"status": "started", "request_seconds": None}, "UTM may still shut down km-a; to see"),
+            ("restart a", "stop", {"status": "started"}, "UTM may still shut down km-a; to see its state: kodemachine"),
+            ("suspend a", "suspend", {"status": "started", "suspend_seconds": 9.0}, "UTM may still suspend km-a"),
+        ):
+            with self.subTest(words):
+                uuid = self.vm("a", **fields)
+                process = self.start_km(*words.split())
+                wait_for(lambda: any(uuid in args for args in self.asked(asked)))  # noqa: B023
+                process.send_signal(signal.SIGINT)
+                self.assert_says(self.ended(process), 130, said)
+                self.remove("km-a")
 
     def test_ctrl_c_ends_the_run_and_restores_the_terminal(self) -> None:
         self.utm.option(clone_seconds=2.0)
