@@ -186,6 +186,8 @@ note_missing() {
   fi
 }
 
+stays() { [ ! -e "$1" ] || say "$1 stays ($2)"; }
+
 uninstall() {
   if [ -n "$installed" ]; then
     rm -f "$target"
@@ -193,12 +195,12 @@ uninstall() {
   else
     say "kodemachine is not installed: $target"
   fi
-  say 'what stays, besides the machines in UTM:'
-  say "  ${XDG_CONFIG_HOME:-$HOME/.config}/kodemachine (configuration)"
-  say "  ${XDG_STATE_HOME:-$HOME/.local/state}/kodemachine (state)"
-  say "  ${XDG_CACHE_HOME:-$HOME/.cache}/kodemachine (downloaded images)"
+  say 'the machines in UTM stay'
+  stays "${XDG_CONFIG_HOME:-$HOME/.config}/kodemachine" configuration
+  stays "${XDG_STATE_HOME:-$HOME/.local/state}/kodemachine" state
+  stays "${XDG_CACHE_HOME:-$HOME/.cache}/kodemachine" 'downloaded images'
   for file in .ssh/config .zshrc .bashrc .bash_profile .profile .config/fish/config.fish; do
-    ! grep -qs kodemachine "$HOME/$file" || say "  ~/$file (a line that names kodemachine)"
+    ! grep -qs kodemachine "$HOME/$file" || say "$HOME/$file stays (a line in it names kodemachine)"
   done
 }
 

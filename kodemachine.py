@@ -1012,7 +1012,7 @@ class Utmctl:
         reply = self.raise_for_refusal(self.call("list", limit=limit))
         rows, _, sound = parse_list(reply.out)
         if reply.outcome is Outcome.HUNG:
-            raise TimedOut(f"UTM gave no list within {limit:.0f} s", "It may only be slow: kodemachine list")
+            raise TimedOut(f"UTM gave no list within {round(limit, 1):g} s", "It may only be slow: kodemachine list")
         if not rows and not (sound and reply.outcome is Outcome.DONE):
             number = f" ({reply.numbers[-1]})" if reply.numbers else ""
             raise Unreachable(f"UTM gave no list{number}", "It may still be starting: kodemachine list")
@@ -1597,7 +1597,7 @@ def near_label(label: str, labels: Iterable[str]) -> str | None:
     """The one of `labels` that is one edit away, and not in a digit: web1 and web2 are both meant."""
     def letters(text: str) -> str:
         return re.sub(r"\d", "", text)
-    if len(label) < 4:
+    if len(label) < 3:
         return None
     return next((other for other in labels if one_edit(label, other) and letters(label) != letters(other)), None)
 
@@ -2605,7 +2605,8 @@ class VM:
             raise KodeError(f"{self.name} does not start, it stays {self.power.word}{attempt.reason}",
                             "Start it in UTM's window, which may show more.")
         if not attempt.reached:
-            raise TimedOut(f"{self.name} did not start within {limit:.0f} s (it is {self.power.word}){attempt.reason}",
+            raise TimedOut(f"{self.name} did not start within {round(limit, 1):g} s "
+                           f"(it is {self.power.word}){attempt.reason}",
                            f"Check it in UTM's window, or {MORE_TIME}.")
 
     def ask_to_stop(self, limit: float) -> None:
@@ -2618,7 +2619,7 @@ class VM:
         attempt = self.reach({Power.STOPPED}, limit, requests)
         if not attempt.reached:
             self._must_be_permitted(press)
-            raise TimedOut(f"{self.name} did not power off within {limit:.0f} s (it is {self.power.word})",
+            raise TimedOut(f"{self.name} did not power off within {round(limit, 1):g} s (it is {self.power.word})",
                            f"To turn it off at once: {self.command('stop --force')}")
 
     def force_off(self, kill: bool = False) -> None:
@@ -2646,7 +2647,7 @@ class VM:
             raise KodeError(f"{self.name} cannot be suspended{attempt.reason}",
                             f"It is still running. To shut it down instead: kodemachine stop {self.label}")
         if not attempt.reached:
-            raise TimedOut(f"{self.name} was not suspended within {limit:.0f} s (it is {self.power.word})",
+            raise TimedOut(f"{self.name} was not suspended within {round(limit, 1):g} s (it is {self.power.word})",
                            f"To see its state: {self.command('status')}")
 
     def delete(self, limit: float) -> None:
@@ -2884,7 +2885,7 @@ class VM:
             hint = EMULATED_VLAN
         if prober.unreachable and local_network_rules():
             hint = LOCAL_NETWORK
-        problem = f"{self.name} cannot be reached by ssh after {limit:.0f} s"
+        problem = f"{self.name} cannot be reached by ssh after {round(limit, 1):g} s"
         return TimedOut(f"{problem}: it is {self.power.word}, but {seen}", hint)
 
     # -- commands in the guest
@@ -2904,7 +2905,7 @@ class VM:
                 if "has been disabled" in complaint:
                     raise
             self._must_run()
-        raise TimedOut(f"the guest agent of {self.name} does not answer after {limit:.0f} s: {complaint}",
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {round(limit, 1):g} s: {complaint}",
                        "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
 
     def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
@@ -2953,8 +2954,8 @@ class VM:
     def _no_result(self, reply: Reply, program: str, limit: float) -> KodeError:
         look = f"To check: kodemachine ssh {self.name}"
         if reply.outcome is Outcome.HUNG:
-            return TimedOut(f"the command in {self.name} did not end within {limit:.0f} s and may still be running",
-                            look)
+            return TimedOut(f"the command in {self.name} did not end within {round(limit, 1):g} s "
+                            "and may still be running", look)
         mark = "result lost: "
         # UTM's own words mean that nothing was started, except for a time-out after the command was sent (contract 5).
         if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and mark not in reply.err:
@@ -2963,6 +2964,10 @@ class VM:
                                  "In the guest, remove guest-exec and guest-exec-status from the list of forbidden "
                                  "commands in /etc/sysconfig/qemu-ga (or /etc/qemu/qemu-ga.conf), then: "
                                  "systemctl restart qemu-guest-agent")
+            # The guest agent's own words (glib's).
+            if "Failed to execute child process" in reply.sentence:
+                return KodeError(f"{program} cannot be run in {self.name}: {reply.sentence}",
+                                 "Check its name and path in the guest. For a line of the shell: -- sh -c 'LINE'")
             return KodeError(f"{self.name} did not confirm that it ran {program}: "
                              f"{reply.sentence or reply.outcome.value}",
                              "Check the name of the program. If the guest agent does not answer: the guest needs "
@@ -3255,7 +3260,7 @@ class Maker:
             raise TimedOut(f"the clone {name} is unfinished: {half.name} ({half.uuid}) is {half.power.word}",
                            f"When UTM has finished, run this again; or rename it to {name} in UTM.")
         if call:
-            raise TimedOut(f"UTM has not shown {name} within {limit:.0f} s; it may still be copying",
+            raise TimedOut(f"UTM has not shown {name} within {round(limit, 1):g} s; it may still be copying",
                            "Run the same command again: it uses the machine if it has appeared by then.")
         if not arrival.has_ended:
             raise Maker._under_way(name)
@@ -3676,6 +3681,13 @@ def open_script(path: str) -> BinaryIO:
                      "For a shell script, make this the first line: #!/bin/sh")
 
 
+def how_to_run(vm: VM) -> str:
+    """The hint for a machine that has to run."""
+    if vm.power is Power.PAUSED:
+        return f"To continue it: kodemachine resume {vm.label}"
+    return f"To start it: kodemachine start -d {vm.label}"
+
+
 class Manager:
     """All machines: finds or clones them, starts, stops and deletes them."""
 
@@ -3728,7 +3740,7 @@ class Manager:
         with self._turn:
             self._waiting_since = self._waiting_since or time.monotonic()
             left = self._waiting_since + self.settings.lock_limit - time.monotonic()
-            with self.state.lock("fleet", max(1.0, left), what="the fleet"):
+            with self.state.lock("fleet", max(1.0, left), what="the list of machines"):
                 self._waiting_since = None
                 yield
 
@@ -3893,7 +3905,8 @@ class Manager:
         """The command line that completes an order."""
         label = label_in(name, self.settings.prefix)
         if order.get("record", {}).get("is_copy"):
-            return f"kodemachine clone {label_in(order['base'], self.settings.prefix)} {label}"
+            # Under another prefix, the original may have been a clone.
+            return f"kodemachine clone {label_in(order['base'], self.settings.prefix) or order['base']} {label}"
         return f"kodemachine {label}"
 
     def prove_whole(self, vm: VM) -> None:
@@ -4073,7 +4086,7 @@ class Manager:
         options = StartOptions(may_clone=False, prove=False)
         vm, call = self.find_or_clone(label, options)
         if vm.power is not Power.STARTED:
-            raise WrongState(f"{vm.name} is {vm.power.word}", f"To start it: kodemachine start -d {label}")
+            raise WrongState(f"{vm.name} is {vm.power.word}", how_to_run(vm))
         address = self.start(vm, options, call)
         return vm, address, self.ssh.knows(vm.name)
 
@@ -5992,7 +6005,7 @@ def running_vm(ctx: Context, text: str, because: str = "", *, soon: bool = False
     vm = ctx.manager.find(ctx.manager.label(text))
     may_run = soon and vm.power not in (Power.STOPPED, Power.PAUSED)
     if vm.power is not Power.STARTED and not may_run:
-        raise WrongState(f"{vm.name} is {vm.power.word}{because}", f"Start it: kodemachine start -d {vm.label}")
+        raise WrongState(f"{vm.name} is {vm.power.word}{because}", how_to_run(vm))
     return vm
 
 
@@ -6998,7 +7011,10 @@ def cmd_base_list(ctx: Context, opts: Arguments) -> int:
     fleet = manager.fleet(partial=True)
     origins = [machine.record.image_uuid for machine in fleet.clones]
     images: list[dict[str, Any]] = []
-    for fact in manager.describe(fleet.images, ip=False, sizes=opts.size):
+
+    def by_version(image: Machine) -> tuple[str, list[int]]:
+        return IMAGE.sub("", image.name), [int(number) for number in re.findall(r"\d+", image.name)]
+    for fact in manager.describe(sorted(fleet.images, key=by_version), ip=False, sizes=opts.size):
         images.append({"name": fact.name, "uuid": fact.uuid, "status": fact.status, "size": fact.size,
                        "configured": fact.name == fleet.default_image, "clones": origins.count(fact.uuid)})
     if opts.as_json:
@@ -7181,7 +7197,7 @@ def cmd_config(ctx: Context, opts: Arguments) -> int:
     path = os.path.expanduser(value or "")
     if key == "first_boot" and os.path.exists(path):
         open_script(path).close()
-    with ctx.manager.state.lock("fleet", 30, what="the fleet"):
+    with ctx.manager.state.lock("fleet", 30, what="the list of machines"):
         # An empty value unsets it too.
         if value:
             ctx.config.set(key, value)
