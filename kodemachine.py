@@ -5287,6 +5287,7 @@ class Outlet:
                 return
 
 
+# A key in kitty's keyboard protocol (sw.kovidgoyal.net/kitty/keyboard-protocol).
 KEY_EVENT = re.compile(rb"\x1b\[(?P<code>\d+)(?::(?P<shifted>\d*))?(?::(?P<base>\d*))?"
                        rb"(?:;(?P<modifiers>\d*)(?::(?P<event>\d*))?(?:;(?P<text>\d*)[\d:]*)?)?u")
 SHIFT, CTRL, LOCKS = 1, 4, 64 + 128

@@ -5273,9 +5273,7 @@ class AttachTest(Case):
             self.utm.change("km-a", status=state)
             result = self.km("attach", "a")
             self.assertEqual(result.code, 4)
-            remedy = {"stopped": "kodemachine start -d a\n", "paused": "kodemachine resume a\n"}[state]
-            self.assert_says(result, 4, f"km-a is {state}", remedy)
-            self.assert_says(self.km("ip", "a"), 4, remedy)
+            self.assertIn(f"km-a is {state}", result.err)
         self.assertEqual(self.km("attach", "nosuch").code, 3)
 
 
@@ -5824,10 +5822,10 @@ class IpTest(Case):
         self.assert_says(self.km("ip", "vlan", "--wait", "0.3"), 6, "at 10.0.2.15", "Emulated VLAN", "Shared Network")
 
     def test_ip_explains_why_a_machine_has_no_address(self) -> None:
-        for status in ("stopped", "paused"):
+        for status, verb in (("stopped", "start -d"), ("paused", "resume")):
             self.vm(status, status)
             for args in ((), ("--all",), ("--wait", "9")):
-                self.assert_says(self.km("ip", status, *args), 4, f"km-{status} is {status}", "start -d")
+                self.assert_says(self.km("ip", status, *args), 4, f"km-{status} is {status}", f": kodemachine {verb}")
         self.vm("mute", "started", agent_after=None)
         self.assert_says(self.km("ip", "mute", "--all"), 1, "the guest agent of km-mute reports no IP address")
         self.vm("late", "started", agent_after=1, link_local_seconds=1, up_at=time.time(), ips=["192.168.64.9"])
@@ -9530,7 +9528,8 @@ class ExitStatusTest(Case):
             "subprocess.Popen.__del__ = finalizer\n"
         )
         result = self.run_program(self.command("stop", "deaf", "--timeout", "10", before=patch))
-        self.assertEqual((result.code, result.err.partition("\n")[2]), (128 + signal.SIGTERM, ""))
+        self.assertEqual(result.code, 128 + signal.SIGTERM)
+        self.assertRegex(result.err, r"\Astopping deaf\nkodemachine: warning: UTM may still shut down km-deaf; .*\n\Z")
         self.assertNoChildrenLeft()
 
     def test_exit_statuses_and_error_codes_match_the_readme(self) -> None:
