@@ -286,6 +286,11 @@ def age_text(seconds: float | None) -> str:
     return f"{int(seconds / 86400)}d"
 
 
+def seconds_text(limit: float) -> str:
+    """A time limit for a person: 60 s, 0.3 s."""
+    return f"{round(limit, 1):g} s"
+
+
 def iso_time(when: float) -> str:
     """A time in seconds since the epoch, as it is recorded: ISO 8601, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
@@ -1012,7 +1017,7 @@ class Utmctl:
         reply = self.raise_for_refusal(self.call("list", limit=limit))
         rows, _, sound = parse_list(reply.out)
         if reply.outcome is Outcome.HUNG:
-            raise TimedOut(f"UTM gave no list within {round(limit, 1):g} s", "It may only be slow: kodemachine list")
+            raise TimedOut(f"UTM gave no list within {seconds_text(limit)}", "It may only be slow: kodemachine list")
         if not rows and not (sound and reply.outcome is Outcome.DONE):
             number = f" ({reply.numbers[-1]})" if reply.numbers else ""
             raise Unreachable(f"UTM gave no list{number}", "It may still be starting: kodemachine list")
@@ -2605,7 +2610,7 @@ class VM:
             raise KodeError(f"{self.name} does not start, it stays {self.power.word}{attempt.reason}",
                             "Start it in UTM's window, which may show more.")
         if not attempt.reached:
-            raise TimedOut(f"{self.name} did not start within {round(limit, 1):g} s "
+            raise TimedOut(f"{self.name} did not start within {seconds_text(limit)} "
                            f"(it is {self.power.word}){attempt.reason}",
                            f"Check it in UTM's window, or {MORE_TIME}.")
 
@@ -2619,7 +2624,7 @@ class VM:
         attempt = self.reach({Power.STOPPED}, limit, requests)
         if not attempt.reached:
             self._must_be_permitted(press)
-            raise TimedOut(f"{self.name} did not power off within {round(limit, 1):g} s (it is {self.power.word})",
+            raise TimedOut(f"{self.name} did not power off within {seconds_text(limit)} (it is {self.power.word})",
                            f"To turn it off at once: {self.command('stop --force')}")
 
     def force_off(self, kill: bool = False) -> None:
@@ -2647,7 +2652,7 @@ class VM:
             raise KodeError(f"{self.name} cannot be suspended{attempt.reason}",
                             f"It is still running. To shut it down instead: kodemachine stop {self.label}")
         if not attempt.reached:
-            raise TimedOut(f"{self.name} was not suspended within {round(limit, 1):g} s (it is {self.power.word})",
+            raise TimedOut(f"{self.name} was not suspended within {seconds_text(limit)} (it is {self.power.word})",
                            f"To see its state: {self.command('status')}")
 
     def delete(self, limit: float) -> None:
@@ -2885,7 +2890,7 @@ class VM:
             hint = EMULATED_VLAN
         if prober.unreachable and local_network_rules():
             hint = LOCAL_NETWORK
-        problem = f"{self.name} cannot be reached by ssh after {round(limit, 1):g} s"
+        problem = f"{self.name} cannot be reached by ssh after {seconds_text(limit)}"
         return TimedOut(f"{problem}: it is {self.power.word}, but {seen}", hint)
 
     # -- commands in the guest
@@ -2905,7 +2910,7 @@ class VM:
                 if "has been disabled" in complaint:
                     raise
             self._must_run()
-        raise TimedOut(f"the guest agent of {self.name} does not answer after {round(limit, 1):g} s: {complaint}",
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {seconds_text(limit)}: {complaint}",
                        "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
 
     def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
@@ -2954,7 +2959,7 @@ class VM:
     def _no_result(self, reply: Reply, program: str, limit: float) -> KodeError:
         look = f"To check: kodemachine ssh {self.name}"
         if reply.outcome is Outcome.HUNG:
-            return TimedOut(f"the command in {self.name} did not end within {round(limit, 1):g} s "
+            return TimedOut(f"the command in {self.name} did not end within {seconds_text(limit)} "
                             "and may still be running", look)
         mark = "result lost: "
         # UTM's own words mean that nothing was started, except for a time-out after the command was sent (contract 5).
@@ -3260,7 +3265,7 @@ class Maker:
             raise TimedOut(f"the clone {name} is unfinished: {half.name} ({half.uuid}) is {half.power.word}",
                            f"When UTM has finished, run this again; or rename it to {name} in UTM.")
         if call:
-            raise TimedOut(f"UTM has not shown {name} within {round(limit, 1):g} s; it may still be copying",
+            raise TimedOut(f"UTM has not shown {name} within {seconds_text(limit)}; it may still be copying",
                            "Run the same command again: it uses the machine if it has appeared by then.")
         if not arrival.has_ended:
             raise Maker._under_way(name)
@@ -3663,22 +3668,17 @@ ADDRESS_LIMIT = 5.0
 
 
 def open_script(path: str) -> BinaryIO:
-    """Opens the script that `first_boot` names. Raises UsageError if it cannot be read, or could not run in a guest."""
+    """Opens the script that `first_boot` names. Raises UsageError if it is not readable, or was made on Windows."""
     try:
-        text = read_text(path)
-        first = (text or "").partition("\n")[0]
-        # Linux runs a program without "#!" only if it is binary, and reads a "\r" as a part of the interpreter's name.
-        is_program = first.startswith(("#!", "\x7fELF"))
-        if text is None or is_program and not first.endswith("\r"):
+        first = (read_text(path) or "").partition("\n")[0]
+        # Linux reads a "\r" as a part of the interpreter's name, and sees no "#!" after a byte order mark.
+        if not first.startswith("\ufeff") and not first.endswith("\r"):
             return open(path, "rb")
     except OSError as failure:
         raise UsageError(f"first_boot is {path}: {failure.strerror or failure}", "Name another script: kodemachine "
                          "config set first_boot PATH; for none: kodemachine config unset first_boot") from None
-    if is_program:
-        raise UsageError(f"first_boot is {path}, but its lines end as those of Windows do (CRLF)",
-                         f"To convert it: perl -pi -e 's/\\r$//' {shlex.quote(path)}")
-    raise UsageError(f"first_boot is {path}, but it does not begin with #!",
-                     "For a shell script, make this the first line: #!/bin/sh")
+    raise UsageError(f"first_boot is {path}, which has the line ends (CRLF) or the byte order mark of a Windows file",
+                     rf"To convert it: perl -pi -e 's/^\xEF\xBB\xBF//; s/\r$//' {shlex.quote(path)}")
 
 
 def how_to_run(vm: VM) -> str:
@@ -5521,7 +5521,7 @@ def wrapped(text: str, columns: int, first: str, later: str) -> list[str]:
 
 
 # A command that a message offers: the whole message, or from a colon up to "; " and the next offer. (Not a usage.)
-PASTED = r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?"
+PASTED = r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|stty|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?"
 TO_PASTE = re.compile(rf"(?:^|(?<=: ))(?:{PASTED}) (?!\[).*?(?=; [a-z][^:;]*: kodemachine |$)")
 
 
@@ -6490,8 +6490,7 @@ def greet_person(ctx: Context, vm: VM, escape: bytes) -> None:
         size = os.get_terminal_size(0)
         # A terminal without a window reports zeros.
         if size.lines and size.columns:
-            ctx.out.note(f"--- a serial line does not pass on the window size; in the guest: "
-                         f"stty rows {size.lines} cols {size.columns} ---")
+            ctx.out.note(f"--- to set the window size in the guest: stty rows {size.lines} cols {size.columns}")
 
 
 def run_console(ctx: Context, vm: VM, line: int, escape: bytes, opts: Arguments) -> int:
