@@ -107,6 +107,10 @@ class NotPermitted(Unreachable):
     """macOS does not let this terminal control UTM (-1743)."""
 
 
+class Forbidden(KodeError):
+    """The guest's configuration does not allow its agent that. The same request would fail again."""
+
+
 class TimedOut(KodeError):
     """A time limit of kodemachine has passed."""
 
@@ -1278,6 +1282,7 @@ class Record(NamedTuple):
     machine_id: str = ""
     mac_is_unique: bool = False
     is_named: bool = False          # the guest has its hostname, and the host keys that it reported are pinned
+    refusal: str = ""               # the lasting reason why it is not named or reports no host keys, as it was said
     never_started: bool = False
     is_copy: bool = False           # of another clone: needs host keys and a machine-id of its own
     copy_of: str = ""               # the UUID of the machine that it is not yet proved to be a whole copy of
@@ -2001,35 +2006,52 @@ end run
 # replaced, each as a whole. DHCP clients send an identifier that was made from the machine-id at boot (contract 3), and
 # ask for the address of their last lease. So the leases are removed, and the caller restarts the guest.
 IDENTITY = r"""
-label=$1
+label=$1 PATH=$PATH:/usr/sbin:/sbin
+
+# The host keys that sshd really uses, wherever its configuration has them. It prints them only if its folder exists.
+host_keys() {
+  mkdir -p -m 755 /run/sshd
+  "$(command -v sshd)" -T 2>/dev/null | sed -n 's/^hostkey //p' | grep . ||
+    ls /etc/ssh/ssh_host_*_key.pub | sed 's/\.pub$//'
+}
+# sshd reads only the private key: the public one beside it can be missing or old.
+public() { ssh-keygen -y -P '' -f "$1" </dev/null 2>/dev/null || cat "${1%.pub}.pub" 2>/dev/null; }
+
+# Prints yes or no; nothing for a key that sshd does not have either.
+renew_key() {
+  kind=$(public "$1" | cut -d ' ' -f 1)
+  case $kind in
+    '') return;;
+    ecdsa-*) kind="ecdsa -b ${kind##*nistp}";;
+    *) kind=${kind#ssh-};;
+  esac
+  rm -f "$1.new" "$1.new.pub"
+  { ssh-keygen -q -t $kind -N '' -C "root@$label" -f "$1.new" </dev/null &&
+    mv "$1.new" "$1" && mv "$1.new.pub" "$1.pub" && echo yes; } || echo no
+}
+
 { printf '%s\n' "$label" > /proc/sys/kernel/hostname; } 2>/dev/null || hostnamectl set-hostname "$label"
 printf '%s\n' "$label" > /etc/hostname
 if grep -q '^127\.0\.1\.1[[:space:]]' /etc/hosts; then
   hosts=$(sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $label/" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 else
+  [ -z "$(tail -c 1 /etc/hosts)" ] || echo >> /etc/hosts
   printf '127.0.1.1 %s\n' "$label" >> /etc/hosts
 fi
 if [ "$2" = renew ]; then
-  renewed=yes
-  for public in /etc/ssh/ssh_host_*_key.pub; do
-    [ -f "$public" ] || continue
-    key=${public%.pub}; kind=${key##*ssh_host_}
-    rm -f "$key.new" "$key.new.pub"
-    { ssh-keygen -q -t "${kind%_key}" -N '' -C "root@$label" -f "$key.new" < /dev/null &&
-      mv "$key.new" "$key" && mv "$key.new.pub" "$public"; } || renewed=no
-  done
+  renewed=$(host_keys | while read -r key; do renew_key "$key"; done | sort -u)
   id=$(od -An -N16 -tx1 /dev/urandom | tr -dc 0-9a-f)
   { [ ${#id} = 32 ] && echo "$id" > /etc/machine-id.new && mv /etc/machine-id.new /etc/machine-id; } || renewed=no
   if [ -f /var/lib/dbus/machine-id ]; then ln -sf /etc/machine-id /var/lib/dbus/machine-id; fi
-  rm -f /var/lib/dhcp/*.leases /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
+  rm -f /var/lib/dhcp/*.leases /var/lib/dhclient/*.lease* /var/lib/dhcpcd/* /etc/dhcpcd.duid
+  rm -f /var/lib/NetworkManager/*.lease /var/lib/systemd/random-seed
   echo "renewed=$renewed"
 fi
 echo "hostname=$(cat /proc/sys/kernel/hostname)"
-# The keys that sshd really uses, wherever its configuration has them.
-keys=$({ sshd -T || /usr/sbin/sshd -T; } 2>/dev/null | sed -n 's/^hostkey \(.*\)/\1.pub/p')
-for key in ${keys:-/etc/ssh/ssh_host_*_key.pub}; do
-  if [ -f "$key" ]; then sed 's/^/key=/' "$key"; fi
-done
+# The name after the next boot: a file in a folder that is kept in memory does not last.
+case $(readlink -f /etc/hostname) in /run/* | /tmp/*) ;; *) echo "stored=$(cat /etc/hostname)";; esac
+grep -q "^127\.0\.1\.1[[:space:]]$label\$" /etc/hosts && echo "hosts=$label"
+host_keys | while read -r key; do public "$key" | sed 's/^/key=/'; done
 echo "machine-id=$(cat /etc/machine-id)"
 sync
 echo "end=$label"
@@ -2461,6 +2483,21 @@ EXEC_INPUT = 256 << 10
 EXEC_PIECE = 96 << 10
 # Seconds for the command that sets the guest's clock. A session waits for it.
 CLOCK_LIMIT = 10.0
+
+
+# The words of the guest agent for a command that its configuration, its version or SELinux forbids (QEMU's
+# qapi/qmp-dispatch.c, and GLib for a program that could not be started), with the remedies.
+AGENT_REFUSALS = {
+    "has been disabled": (
+        "In the guest, as root: edit /etc/sysconfig/qemu-ga (without that file: /etc/qemu/qemu-ga.conf). Remove "
+        "guest-exec and guest-exec-status from the list of forbidden commands (BLACKLIST_RPC, BLOCK_RPCS or "
+        "--block-rpcs), or add them to the list of allowed ones (--allow-rpcs in FILTER_RPC_ARGS). "
+        "Then: systemctl restart qemu-guest-agent"),
+    "has not been found": "The guest needs a newer qemu-guest-agent, of QEMU 2.5 or later.",
+    "Permission denied": (
+        "Check that the file is a program. If SELinux confines the guest agent, allow it, in the guest, as root: "
+        "semanage permissive -a virt_qemu_ga_t"),
+}
 
 
 class Request(NamedTuple):
@@ -2964,11 +3001,10 @@ class VM:
         mark = "result lost: "
         # UTM's own words mean that nothing was started, except for a time-out after the command was sent (contract 5).
         if reply.outcome in (Outcome.FAILED, Outcome.MISSING) and mark not in reply.err:
-            if "has been disabled" in reply.sentence:
-                return KodeError(f"the guest agent of {self.name} is not allowed to run commands: {reply.sentence}",
-                                 "In the guest, remove guest-exec and guest-exec-status from the list of forbidden "
-                                 "commands in /etc/sysconfig/qemu-ga (or /etc/qemu/qemu-ga.conf), then: "
-                                 "systemctl restart qemu-guest-agent")
+            for words, hint in AGENT_REFUSALS.items():
+                if words in reply.sentence:
+                    return Forbidden(f"the guest agent of {self.name} is not allowed to run {program}: "
+                                     f"{reply.sentence}", hint)
             # The guest agent's own words (glib's).
             if "Failed to execute child process" in reply.sentence:
                 return KodeError(f"{program} cannot be run in {self.name}: {reply.sentence}",
@@ -3640,10 +3676,17 @@ class StartOptions(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """The identity that a guest reports: its host keys (`type base64`) and its machine-id."""
+    """The identity that a guest reports: its host keys (`type base64`) and its machine-id.
+
+    `problem`: what its answer does not prove, with the reason. `is_final`: the next try would have the same problem.
+    `is_renewed`: the host keys and the machine-id are new.
+    """
 
     host_keys: list[str]
     machine_id: str
+    problem: str = ""
+    is_final: bool = False
+    is_renewed: bool = False
 
 
 class Facts(NamedTuple):
@@ -3661,6 +3704,10 @@ class Facts(NamedTuple):
     created: str | None
     network: str | None
 
+
+# What the script IDENTITY did not do, by the key that its answer lacks.
+UNDONE = {"hostname": "its hostname is another one", "stored": "/etc/hostname does not keep the name",
+          "hosts": "/etc/hosts does not have the name", "renewed": "its host keys and machine-id are not all new"}
 
 DOCUMENTS = "~/Library/Containers/com.utmapp.UTM/Data/Documents"
 # Seconds for a guest's addresses in a list: its agent may hang (contract 5).
@@ -3791,7 +3838,7 @@ class Manager:
         if record.name not in ("", name):
             # It was renamed in UTM. Its guest has the old name.
             self.state.pin(name, self.state.pinned(record.name))
-            vm.remember(name=name, is_named=False)
+            vm.remember(name=name, is_named=False, refusal="")
         return vm
 
     def _must_be_meant(self, label: str, options: StartOptions, fleet: Fleet) -> None:
@@ -3957,6 +4004,7 @@ class Manager:
     def _start(self, vm: VM, options: StartOptions, call: Call | None) -> str:
         limit = options.timeout or self.settings.boot_timeout
         needs_renewal = vm.record.is_copy and vm.power is Power.STOPPED
+        was_running = vm.power is Power.STARTED
         began = time.monotonic()
 
         def before_cold() -> None:
@@ -3983,8 +4031,9 @@ class Manager:
         address = vm.wait_for_ssh(self.settings.ssh_port, left, call, prove=prove)
         if needs_renewal:
             return self._renew(vm, limit) or address
-        # The known-hosts file may have been lost.
-        if not vm.record.is_named or not self.ssh.knows(vm.name):
+        # The known-hosts file may have been lost. What the guest agent refused is tried again after a boot only.
+        is_known = vm.record.is_named and self.ssh.knows(vm.name)
+        if not is_known and not (was_running and vm.record.refusal):
             self._notes.step(f"naming the guest {vm.label}")
             self._record_identity(vm, self.read_identity(vm))
         if options.prove and not self.ssh.knows(vm.name):
@@ -4025,11 +4074,22 @@ class Manager:
                 vm.prepare(memory, cpus)
         vm.note(name=vm.name, mac_is_unique=True, copy_of="")
 
-    def _record_identity(self, vm: VM, identity: Identity | None) -> None:
-        if identity is None:
+    def _record_identity(self, vm: VM, identity: Identity) -> None:
+        """Pins the host keys, and records that the guest is named. A problem is reported; a final one, once."""
+        problem = identity.problem
+        if identity.host_keys:
+            self.state.pin(vm.name, identity.host_keys)
+        if not problem:
+            vm.note(name=vm.name, is_named=True, machine_id=printable(identity.machine_id))
+        elif not identity.is_final:
+            self._notes.warn(f"{problem}; the next start tries again")
             return
-        self.state.pin(vm.name, identity.host_keys)
-        vm.note(name=vm.name, is_named=True, machine_id=printable(identity.machine_id))
+        if not problem and not identity.host_keys:
+            problem = f"the guest agent reports no host keys of {vm.name}; ssh accepts the first one that it sees"
+        refusal = problem.partition("\n")[0]
+        if problem and refusal != vm.record.refusal:
+            self._notes.warn(f"{problem}\n  This is tried again when the machine boots.")
+        vm.note(refusal=refusal)
 
     def _renew(self, vm: VM, limit: float) -> str | None:
         """Gives a copy host keys and a machine-id of its own, and restarts it, because only then they count.
@@ -4038,7 +4098,9 @@ class Manager:
         """
         self._notes.step(f"giving {vm.name} host keys and a machine-id of its own")
         identity = self.read_identity(vm, renew=True)
-        if identity is None:
+        if not identity.is_renewed:
+            # sshd has its old keys until the restart.
+            self._notes.warn(f"{identity.problem}\n  The next cold start tries again.")
             return None
         self._notes.step(f"restarting {vm.name}")
         try:
@@ -4052,31 +4114,39 @@ class Manager:
         self._notes.step(f"waiting for ssh on {vm.name}")
         return vm.wait_for_ssh(self.settings.ssh_port, limit)
 
-    def read_identity(self, vm: VM, *, needed: bool = False, renew: bool = False) -> Identity | None:
-        """Names the guest, and returns its host keys and machine-id; None if its answer does not prove it.
+    def read_identity(self, vm: VM, *, needed: bool = False, renew: bool = False) -> Identity:
+        """Names the guest, and returns what its answer proves; with `needed`, a command that was not run is an error.
 
-        With `needed`, a guest agent that does not run commands is an error.
+        Host keys count even if the agent, which may be confined, could not do everything else.
         """
         label = str(vm.label)
         words = ["/bin/sh", "-c", IDENTITY, "kodemachine", label]
-        wanted = {"hostname": label, "end": label}
+        wanted = {"hostname": label, "stored": label, "hosts": label}
         if renew:
             words.append("renew")
             wanted["renewed"] = "yes"
-        problem, out = "its answer is incomplete", b""
+        problem = f"the guest agent did not name {vm.name}"
         try:
-            _, out, _ = vm.run(words, limit=LIMITS["osascript"])
+            _, out, err = vm.run(words, limit=LIMITS["osascript"])
         except KodeError as failure:
             if needed:
                 raise
-            problem = failure.message
+            problem = f"{problem} ({failure.message})"
+            if isinstance(failure, Forbidden):
+                return Identity([], "", f"{problem}\n  {failure.hint}", True)
+            return Identity([], "", problem)
         pairs = [line.split("=", 1) for line in out.decode("utf-8", "replace").splitlines() if "=" in line]
         found = dict(pairs)
-        if any(found.get(key) != value for key, value in wanted.items()):
-            self._notes.warn(f"the guest agent did not name {vm.name} ({problem}); the next start tries again")
-            return None
         host_keys = parse_host_keys([value for key, value in pairs if key == "key"])
-        return Identity(host_keys, found.get("machine-id", "")[:64])
+        identity = Identity(host_keys, found.get("machine-id", "")[:64], f"{problem} (its answer is incomplete)")
+        if found.get("end") != label:
+            return identity
+        identity = identity._replace(problem="", is_renewed=found.get("renewed") == "yes")
+        undone = [UNDONE[key] for key, value in wanted.items() if found.get(key) != value]
+        if not undone:
+            return identity
+        reason = (err.decode("utf-8", "replace").strip().splitlines() or ["the guest reported no error"])[-1]
+        return identity._replace(problem=f"{problem}: {', '.join(undone)} ({printable(reason)})", is_final=True)
 
     def running(self, label: str) -> tuple[VM, str, bool]:
         """A running machine, its likeliest address, and whether its host key is known.
@@ -4347,7 +4417,7 @@ class Sealer:
     def apply(self, *, sudo: bool = False) -> Sequence[Step]:
         """Does every step, proves that each had its effect, and powers the machine off. Raises KodeError."""
         # This comes before the guest loses its identity: an interrupted run must leave no pinned key.
-        self.vm.remember(is_named=False, machine_id="")
+        self.vm.remember(is_named=False, machine_id="", refusal="")
         self._manager.state.pin(self.vm.name, [])
         self._notes.step(f"sealing {self.vm.name}")
         steps = self.must(self.ask("apply", sudo=sudo))
@@ -6211,7 +6281,7 @@ def repin(ctx: Context, vm: VM, opts: Arguments) -> None:
     """--repin: reads the host keys through the guest agent, which no network can forge, shows them, and asks."""
     manager, out = ctx.manager, ctx.out
     identity = manager.read_identity(vm, needed=True)
-    if not identity or not identity.host_keys:
+    if not identity.host_keys:
         raise KodeError(f"the guest agent reports no host keys of {vm.name}; nothing was changed",
                         f"Check on its console that qemu-guest-agent runs: kodemachine attach {vm.label}")
     pinned = manager.state.pinned(vm.name)

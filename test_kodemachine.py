@@ -513,10 +513,15 @@ class Guest:
         'enable) case $unit in serial-getty@*) ;; *) [ -e "$ROOT/etc/systemd/system/$unit" ] || exit 1;; esac\n'
         'grep -qx "$unit" $list || echo "$unit" >>$list;;\npoweroff) : >"$ROOT/power-off";; esac',
         "useradd": 'for user; do :; done\nmkdir -p "$ROOT/home/$user"\n'
-        'echo "$user:*:1000:1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
+        'echo "$user:*:$(/usr/bin/id -u):1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
         "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
-        "getent": 'grep "^$2:" "$ROOT/etc/passwd"',
-        "sshd": "",
+        "getent": 'grep "^$2" "$ROOT/etc/$1"',
+        # A real sshd reads the guest's configuration, and is redirected into the guest. It reports a missing key.
+        "sshd": 'for real in /usr/sbin/sshd /usr/bin/sshd /usr/local/sbin/sshd; do [ -x $real ] && break; done\n'
+        '[ -x $real ] || { echo "authorizedkeysfile .ssh/authorized_keys"; echo "pubkeyauthentication yes"\n'
+        'echo "authenticationmethods any"; echo "pubkeyacceptedalgorithms ssh-ed25519"; exit; }\n'
+        'found=$($real "$@" -f "$ROOT/etc/ssh/sshd_config") || exit\n'
+        'printf "%s\\n" "$found" | sed "s,\\([a-z] \\| \\)/\\(etc\\|var\\)/,\\1$ROOT/\\2/,g"',
         "ip": 'echo "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536"; echo "2: enp0s1: <BROADCAST,UP,LOWER_UP> mtu 1500"',
         "whoami": 'case $PWD in "$ROOT"/home*) echo you;; *) echo root;; esac',
         # A clock that is some seconds off this host's.
@@ -528,7 +533,8 @@ class Guest:
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
         "id": 'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
-        'END { exit !found }\' "$ROOT/etc/passwd";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
+        'END { exit !found }\' "$ROOT/etc/passwd";;\n'
+        '-Gn?*) sed -n "s/:.*[:,]$2$//p" "$ROOT/etc/group";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
         "chown": "",
         "fstrim": "",
         "sync": ': >"$ROOT/run/synced"',
@@ -559,6 +565,7 @@ class Guest:
             "etc/systemd/enabled": "qemu-guest-agent.service\nssh.service\n",
             "etc/systemd/system/qemu-guest-agent.service": "",
             "etc/systemd/system/ssh.service": "",
+            "etc/ssh/sshd_config": "",
             "etc/ssh/ssh_host_ed25519_key.pub": utm.app["host_key"].format(uuid.replace("-", "")) + "\n",
             "proc/sys/kernel/hostname": "kodeimage\n",
             "run/cloud-init/result.json": self._cloud_init_result(utm, uuid),
@@ -3737,7 +3744,7 @@ class StartTest(Case):
             self.assertEqual(self.read(os.path.join(guest, file)), text)
 
     def test_guest_that_was_not_named_is_named_at_the_next_start(self) -> None:
-        answers = ("hostname=beta\nend=alpha\n", "hostname=alpha\n", "")
+        answers = ("hostname=beta\n", "hostname=alpha\n", "")
         half_proofs = [{"stdout": f"0 0\n{base64.b64encode(text.encode()).decode()}\n"} for text in answers]
         faults: list[dict[str, Any]] = [{"error": -2700}, {"silent": True}, {"crash": "TRAP"}, *half_proofs]
         for fault in faults:
@@ -3751,6 +3758,115 @@ class StartTest(Case):
         self.spawn()
         self.assertEqual((calls, len(self.calls_of("exec"))), (7, 7))
 
+
+    def guest_with(self, **files: str) -> str:
+        """The folder of km-alpha's guest, which runs and has these files in /etc; km-alpha has not been named."""
+        uuid = self.vm("alpha", "started", ips=[self.address])
+        root = self.utm.guest(uuid)
+        for name, text in files.items():
+            self.write(os.path.join(root, "etc", name), text)
+        return root
+
+    def give_away(self, root: str) -> None:
+        """Makes the guest's processes the owner of its files."""
+        uuid = self.utm.machine("km-alpha")["uuid"]
+        with self.utm.fake as utm:
+            Guest(utm, uuid).give_away(root)
+
+    def test_host_keys_are_read_where_sshd_has_them(self) -> None:
+        root = self.guest_with()
+        folder = os.path.join(root, "var/lib/ssh keys")
+        os.mkdir(folder)
+        for kind in ("ed25519", "ecdsa"):
+            path = os.path.join(folder, kind)
+            subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", path], stdin=subprocess.DEVNULL, check=True)
+        keys = [" ".join(self.read(os.path.join(folder, kind + ".pub")).split()[:2]) for kind in ("ed25519", "ecdsa")]
+        # sshd does not read the public keys: one is missing, the other is old.
+        os.unlink(os.path.join(folder, "ed25519.pub"))
+        self.write(os.path.join(folder, "ecdsa.pub"), host_key() + "\n")
+        included = self.write(os.path.join(root, "etc/ssh/sshd_config.d/keys.conf"),
+                              f'HostKey "{folder}/ed25519"\nHostKey "{folder}/ecdsa"\n')
+        self.write(os.path.join(root, "etc/ssh/sshd_config"), f"Include {included}\n")
+        self.give_away(root)
+        self.spawn()
+        self.assertEqual(self.read_state("known_hosts"), "".join(f"km-alpha {key}\n" for key in keys))
+
+    def test_hosts_file_without_a_final_newline_keeps_its_last_entry(self) -> None:
+        root = self.guest_with(hosts="127.0.0.1 localhost\n10.0.0.1 registry.example.com")
+        self.assertEqual(self.spawn().err.count("did not name"), 0)
+        self.assertEqual(self.read(os.path.join(root, "etc/hosts")),
+                         "127.0.0.1 localhost\n10.0.0.1 registry.example.com\n127.0.1.1 alpha\n")
+
+    def test_hostname_that_a_boot_would_lose_is_reported_once(self) -> None:
+        root = self.guest_with()
+        path = os.path.join(root, "etc/hostname")
+        for target, text in (("run/hostname", "/etc/hostname does not keep the name"), ("", "cannot create ")):
+            os.unlink(path)
+            if target:
+                os.symlink(os.path.join(root, target), path)
+            else:
+                self.write(path, "kodeimage\n", 0o444)
+            with self.subTest(target):
+                self.give_away(root)
+                self.assertIn(text, self.spawn().err)
+                self.assertIn("km-alpha ssh-ed25519 ", self.read_state("known_hosts"))
+                calls = len(self.calls_of("exec"))
+                self.assertNotIn("hostname", self.spawn().err)
+                self.assertEqual((len(self.calls_of("exec")), self.record("alpha").get("is_named")), (calls, None))
+                # After a boot the guest has its old name.
+                self.write(os.path.join(root, "proc/sys/kernel/hostname"), "kodeimage\n")
+                self.utm.change("km-alpha", status="stopped")
+                self.assertNotIn("did not name", self.spawn().err)
+                self.assertEqual(self.read(os.path.join(root, "proc/sys/kernel/hostname")), "alpha\n")
+                self.remember(alpha={"refusal": "another"})
+                self.utm.change("km-alpha", status="stopped")
+        os.unlink(path)
+        self.give_away(root)
+        self.spawn()
+        self.assertEqual((self.record("alpha")["is_named"], self.record("alpha").get("refusal")), (True, None))
+
+    REFUSALS = (
+        ("Command guest-exec has been disabled: the command is not allowed", "/etc/sysconfig/qemu-ga"),
+        ("The command guest-exec has been disabled for this instance", "/etc/sysconfig/qemu-ga"),
+        ("The command guest-exec has not been found", "a newer qemu-guest-agent"),
+        ("error was 'Failed to execute child process \u201c/bin/sh\u201d (Permission denied)'",
+         "semanage permissive -a virt_qemu_ga_t"),
+    )
+
+    def test_agent_that_may_not_run_commands_is_reported_once_with_the_remedy(self) -> None:
+        self.spawn()
+        for words, remedy in self.REFUSALS:
+            with self.subTest(words):
+                self.remember(alpha={"is_named": False, "refusal": ""})
+                self.utm.fault("exec", error=-2700, string=words)
+                err = self.spawn().err
+                self.assertIn(words, err)
+                self.assertIn(remedy, err)
+                calls = len(self.calls_of("exec"))
+                self.assertNotIn("guest agent", self.spawn().err)
+                self.assertEqual(len(self.calls_of("exec")), calls)
+                self.utm.change("km-alpha", status="stopped")
+                self.assertNotIn("guest agent", self.spawn().err)
+                self.assertEqual(len(self.calls_of("exec")), calls + 1)
+                self.utm.clear_faults()
+                self.utm.change("km-alpha", status="stopped")
+                self.spawn()
+                self.assertEqual(self.record("alpha")["is_named"], True)
+
+    def test_guest_whose_agent_reports_no_host_keys_is_named_once(self) -> None:
+        root = self.guest_with()
+        os.unlink(os.path.join(root, "etc/ssh/ssh_host_ed25519_key.pub"))
+        self.assertIn("reports no host keys of km-alpha", self.spawn().err)
+        calls = len(self.calls_of("exec"))
+        self.assertNotIn("host keys", self.spawn().err)
+        self.assertEqual((len(self.calls_of("exec")), self.record("alpha")["is_named"]), (calls, True))
+
+    def test_learned_host_key_is_kept_if_the_agent_reports_none(self) -> None:
+        root = self.guest_with()
+        os.unlink(os.path.join(root, "etc/ssh/ssh_host_ed25519_key.pub"))
+        self.write_state("known_hosts", f"km-alpha {host_key()}\n")
+        self.spawn()
+        self.assertEqual(self.read_state("known_hosts"), f"km-alpha {host_key()}\n")
 
     def test_late_guest_agent_is_waited_for(self) -> None:
         self.utm.change(self.base, agent_after=0.6, rpc_seconds=0.3, link_local_seconds=0.3)
@@ -6553,6 +6669,36 @@ class CloneTest(Case):
         self.spawn("start", "-d", "beta")
         self.assertNotIn(self.identity("km-beta")[0], old)
         self.assertNotIn("is_copy", self.record("beta"))
+
+    def test_clone_without_a_host_key_to_replace_is_reported(self) -> None:
+        self.parent()
+        os.unlink(self.inside("km-alpha", "etc/ssh/ssh_host_ed25519_key.pub"))
+        self.spawn("clone", "alpha", "beta")
+        self.assertIn("its host keys and machine-id are not all new", self.spawn("start", "-d", "beta").err)
+        self.assertEqual(self.record("beta")["is_copy"], True)
+
+    def test_clone_gets_new_host_keys_where_sshd_has_them(self) -> None:
+        self.parent()
+        root = self.utm.guest("km-alpha")
+        old = {}
+        for kind, bits in (("ed25519", "256"), ("ecdsa", "384")):
+            path = os.path.join(root, "var/lib", kind)
+            subprocess.run(["ssh-keygen", "-q", "-t", kind, "-b", bits, "-N", "", "-f", path], stdin=subprocess.DEVNULL,
+                           check=True)
+            os.unlink(path + ".pub")
+            old[kind] = self.read(path)
+        self.spawn("clone", "alpha", "beta")
+        root = self.utm.guest("km-beta")
+        keys = {kind: os.path.join(root, "var/lib", kind) for kind in old}
+        self.write(os.path.join(root, "etc/ssh/sshd_config"), "".join(f"HostKey {path}\n" for path in keys.values()))
+        # A hostname that the guest does not keep is another problem.
+        os.unlink(os.path.join(root, "etc/hostname"))
+        os.symlink(os.path.join(root, "run/hostname"), os.path.join(root, "etc/hostname"))
+        self.assertIn("/etc/hostname does not keep the name", self.spawn("start", "-d", "beta").err)
+        self.assertEqual([self.read(keys[kind]) == old[kind] for kind in old], [False, False])
+        public = [" ".join(self.read(path + ".pub").split()[:2]) for path in keys.values()]
+        self.assertEqual(self.pinned("km-beta"), public)
+        self.assertIn("ecdsa-sha2-nistp384 ", public[1])
 
     def test_clone_whose_guest_does_not_confirm_its_new_identity_keeps_the_old_one(self) -> None:
         self.parent()
