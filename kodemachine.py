@@ -546,7 +546,7 @@ BLANK_ROW = " " * 36
 EVENT_ERROR = re.compile(r"^Error from event: .*$", re.MULTILINE)
 OSSTATUS = re.compile(r"OSStatus[^\d\n]*?(-\d+)")
 # The programs that are called beside utmctl.
-PROGRAMS = ("osascript", "curl", "hdiutil", "sysctl", "ssh", "ssh-add")
+PROGRAMS = ("osascript", "curl", "hdiutil", "sysctl", "ssh", "ssh-add", "env")
 
 NOT_ALLOWED = ("macOS does not let this terminal control UTM. Allow it in System Settings > Privacy & Security > "
                "Automation. It does not work from an ssh session or before somebody has logged in at the screen. "
@@ -2065,18 +2065,24 @@ if [ $late -gt 2 ] || [ $late -lt -2 ]; then date -s "@$1" >/dev/null; fi
 
 # The guest agent runs this in a machine that becomes an image, as root. $1: `check` (change nothing), `apply`, or
 # `prove` (check again; a problem is an error now), $2: the user, $3: their public key, $4: `yes` if they may become
-# root without a password. Each step prints `step NAME ok|would|done|bad|warn DETAIL`: find_NAME prints the problem, and
-# fix_NAME fixes it. So the next run continues where this one was interrupted. The last line proves the end.
+# root without a password. Each step prints `step NAME ok|would|done|bad|warn DETAIL`: find_NAME prints what is to be
+# done (a path: it is removed), and fix_NAME does it. So the next run continues where this one was interrupted. The last
+# line proves the end.
 SEAL = r"""
 mode=$1 user=$2 key=$3 sudo=$4
+PATH=$PATH:/usr/sbin:/sbin
+umask 022
 
 say() { printf 'step %s %s %s\n' "$1" "$2" "$3"; }
-brief() { awk 'NR == 1 { first = $0 } END { if (NR > 1) first = first " and " NR - 1 " more"; print first }'; }
+brief() {
+  awk 'NR == 1 { first = $0; sub("^/", "remove /", first) }
+    END { if (NR > 1) first = first " and " NR - 1 " more"; print first }'
+}
 bad() { say "$1" bad "$2"; [ "$mode" = check ] || { echo end; exit; }; }
-need() { found=$(find_"$1"); if [ -n "$found" ]; then bad "$1" "$found"; else say "$1" ok; fi; }
+need() { found=$(find_"$1" | brief); if [ -n "$found" ]; then bad "$1" "$found"; else say "$1" ok; fi; }
 hint() {
-  found=$(find_"$1" 2>/dev/null | brief)
-  if [ -n "$found" ]; then say "$1" warn "$found"; else say "$1" ok; fi
+  found=$(find_"$1" 2>/dev/null)
+  if [ -n "$found" ]; then printf '%s\n' "$found" | sed "s/^/step $1 warn /"; else say "$1" ok; fi
 }
 step() {
   found=$(find_"$1" 2>/dev/null | brief)
@@ -2100,42 +2106,141 @@ tidy() {
 }
 enabled() { systemctl is-enabled "$1" >/dev/null 2>&1; }
 start_at_boot() { systemctl unmask "$1"; systemctl enable "$1"; }
-remove() { while read -r file; do rm -f "$file"; done; }
+# Of a link, the file that it leads to is removed, too.
+remove() { while read -r file; do rm -f "$(readlink -f "$file")" "$file"; done; }
+# The home folders of all users, and of those that were deleted.
+homes() { { getent passwd | cut -d : -f 6; printf '%s\n' /root /home/*; } | sort -u; }
+
+# The user as they are now, and the options of sshd that hold if they connect from the Mac, which is the guest's router.
+# Only to print them, sshd wants a host key and its folder.
+sshd=$(command -v sshd)
+temporary=$(mktemp -d /run/kodemachine.XXXXXX)
+trap 'rm -rf "$temporary"' EXIT
+mkdir -p /run/sshd
+ssh-keygen -q -t ed25519 -N '' -f "$temporary/key" </dev/null
+mac=$(ip -4 route show default 2>/dev/null | sed -n '1s/^default via \([0-9.]*\).*/\1/p')
+: "${mac:=192.168.64.1}"
+read_user() {
+  entry=$(getent passwd "$user") uid=$(id -u "$user" 2>/dev/null)
+  user_home=$(readlink -f "$(printf '%s\n' "$entry" | cut -d : -f 6)")
+  "$sshd" -T -h "$temporary/key" -C "user=$user,host=$mac,addr=$mac,laddr=$mac,lport=22" \
+    >"$temporary/options" 2>"$temporary/errors" || : >"$temporary/options"
+}
+sshd_has() { sed -n "s/^$1 //p" "$temporary/options"; }
+read_user
 
 find_systemd() { command -v systemctl >/dev/null || echo 'this is not a Linux system with systemd'; }
-find_server() { command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo 'openssh-server is not installed'; }
+find_server() {
+  if [ -z "$sshd" ]; then echo 'openssh-server is not installed'; return; fi
+  [ -s "$temporary/options" ] || echo "sshd rejects its configuration: $(tail -n 1 "$temporary/errors")"
+}
 
-find_agent() { enabled qemu-guest-agent.service || echo 'qemu-guest-agent does not start at boot'; }
+find_agent() { enabled qemu-guest-agent.service || echo 'start qemu-guest-agent at boot'; }
 fix_agent() { start_at_boot qemu-guest-agent.service; }
 
 find_ssh() {
   for unit in ssh.service ssh.socket sshd.service sshd.socket; do if enabled $unit; then return; fi; done
-  echo 'the ssh server does not start at boot'
+  echo 'start the ssh server at boot'
 }
 fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
 
-find_user() { id -u "$user" >/dev/null 2>&1 || echo "there is no user $user"; }
+find_user() { id -u "$user" >/dev/null 2>&1 || echo "add the user $user"; }
 fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
 
-keys() {
-  home=$(getent passwd "$user" | cut -d : -f 6)
-  printf '%s/.ssh/authorized_keys\n' "${home:-/nonexistent}"
+# Whether one of the words after $1 matches the list $1 of sshd. A host after @ in the list is taken for the Mac.
+listed() {
+  list=$1
+  shift
+  sshd_has "$list" | while read -r pattern; do
+    for name; do case $name in ${pattern%@*}) echo yes;; esac; done
+  done | grep -q yes
 }
+allowed() { [ -z "$(sshd_has "$1")" ] || listed "$@"; }
+refusals() {
+  groups=$(id -Gn "$user" 2>/dev/null || echo "$user")
+  algorithm=${key%% *}
+  [ "$algorithm" != ssh-rsa ] || algorithm=rsa-sha2
+  [ "$(sshd_has pubkeyauthentication)" = yes ] || echo PubkeyAuthentication
+  sshd_has 'pubkeyaccepted[a-z]*' | grep -qE "(^|,)$algorithm" || echo PubkeyAcceptedAlgorithms
+  sshd_has authenticationmethods | grep -qE '(^| )(any|publickey)( |$)' || echo AuthenticationMethods
+  ! listed denyusers "$user" || echo DenyUsers
+  allowed allowusers "$user" || echo AllowUsers
+  ! listed denygroups $groups || echo DenyGroups
+  allowed allowgroups $groups || echo AllowGroups
+  case $user-$(sshd_has permitrootlogin) in root-no | root-forced-commands-only) echo PermitRootLogin;; esac
+  case $(sshd_has forcecommand) in none | '') ;; *) echo ForceCommand;; esac
+  case $(sshd_has chrootdirectory) in none | '') ;; *) echo ChrootDirectory;; esac
+  [ "$(sshd_has permittty)" != no ] || echo PermitTTY
+}
+# What keeps out even a user whose key is right.
+find_login() {
+  [ -s "$temporary/options" ] || return
+  refusals | sed "s/.*/sshd does not let $user in: see & in its configuration/"
+  getent shadow "$user" | awk -F : -v today=$(($(date +%s) / 86400)) -v pam="$(sshd_has usepam)" '
+    pam != "yes" && /^[^:]*:!/ { print "without PAM, sshd takes an account for locked whose password begins with !" }
+    $8 != "" && $8 <= today { print "the account has expired: see chage -l " $1 }
+    $3 == "0" || $5 != "" && $3 + $5 < today { print "the password has expired: see chage -l " $1 }'
+  if [ -e /etc/nologin ] && [ "$user" != root ]; then echo 'only root can log in: there is /etc/nologin'; fi
+  shell=${entry##*:}
+  case $uid-$("${shell:-/bin/sh}" -c 'echo in' 2>/dev/null) in
+    -* | *-in) ;;
+    *) echo "the shell of $user, $shell, runs no commands";;
+  esac
+}
+
+# The files in which sshd looks for keys of the user.
+key_files() {
+  for file in $(sshd_has authorizedkeysfile); do
+    file=$(printf '%s\n' "$file" | sed "s|%h|$user_home|g; s|%u|$user|g; s|%U|$uid|g")
+    case $file in
+      none) ;;
+      /*) printf '%s\n' "$file";;
+      *) printf '%s/%s\n' "$user_home" "$file";;
+    esac
+  done
+}
+# The parts of a path that sshd, which reads it as the user, cannot read or rejects (StrictModes).
+unsafe() {
+  path=$(readlink -f "$1") strict=
+  [ "$(sshd_has strictmodes)" != yes ] || strict="-o -perm -020 -o -perm -002 -o ! -user $uid ! -user 0"
+  while [ -n "$path" ]; do
+    find "$path" -maxdepth 0 \( ! -user "$uid" \( -type d ! -perm -001 -o -type f ! -perm -004 \) $strict \)
+    if [ "$path" = "$user_home" ]; then return; fi
+    path=${path%/*}
+  done
+}
+key_lines() { grep -v '^[[:space:]]*#' "$1" | grep -F "$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)"; }
 find_key() {
-  grep -qs "^[^#]*$(printf '%s\n' "$key" | cut -d ' ' -f 1,2)" "$(keys)" || echo "$user does not have your ssh key"
+  file=$(key_files | while read -r file; do if key_lines "$file" >/dev/null; then echo "$file"; fi; done | head -n 1)
+  if [ -z "$file" ]; then echo "let $user log in with your ssh key"; return; fi
+  options=$(key_lines "$file" | sed -n "1s/ *${key%% *} .*//p")
+  if printf '%s\n' "$options" | grep -qiE '(^|,)(from=|command=|expiry-time=|cert-authority|restrict|no-pty)'; then
+    echo "let $user log in with your ssh key, without these options: $options"
+  fi
+  unsafe "$file" | sed 's/^/fix the owner or the mode of /'
 }
+# sshd takes the first line that has the key. So ours becomes the first one.
 fix_key() {
-  file=$(keys) folder=${file%/*}
-  mkdir -p "$folder"
-  [ -z "$(tail -c 1 "$file" 2>/dev/null)" ] || echo >>"$file"
-  printf '%s\n' "$key" >>"$file"
-  chmod 700 "$folder"; chmod 600 "$file"; chown -R "$user:" "$folder"
+  file=$(key_files | head -n 1)
+  if [ -z "$file" ]; then echo 'sshd reads no file with keys: see AuthorizedKeysFile in its configuration'; return; fi
+  mkdir -p "${file%/*}"
+  file=$(readlink -f "$file")
+  folder=${file%/*}
+  [ -e "$file" ] || : >"$file"
+  { printf '%s\n' "$key"; cat "$file"; } >"$file.new" && mv "$file.new" "$file"
+  case $folder in "$user_home"/*) chmod 700 "$folder"; chown -R "$user:" "$folder";; esac
+  chmod 600 "$file"; chown "$user:" "$file"
+  unsafe "$file" | while read -r path; do
+    chmod go-w "$path"
+    if [ "$path" = "$user_home" ]; then chown "$user:" "$path"; fi
+  done
   if command -v restorecon >/dev/null; then restorecon -R "$folder"; fi
 }
 
 find_sudo() {
-  [ "$(id -u "$user" 2>/dev/null)" = 0 ] || sudo -n -l -U "$user" 2>/dev/null | grep -q 'NOPASSWD: ALL' ||
-    echo "$user cannot become root without a password"
+  if [ "$uid" = 0 ] || sudo -n -l -U "$user" 2>/dev/null | grep -q 'NOPASSWD: ALL'; then return; fi
+  if [ "$sudo" = yes ]; then echo "let $user become root without a password"; return; fi
+  echo "$user cannot become root without a password"
 }
 fix_sudo() {
   printf '%s ALL=(ALL) NOPASSWD: ALL\n' "$user" >/etc/sudoers.d/90-kodemachine
@@ -2145,25 +2250,36 @@ fix_sudo() {
 case $(uname -m) in aarch64 | arm64) port=ttyAMA0;; *) port=ttyS0;; esac
 find_console() {
   [ "$(systemctl is-enabled "serial-getty@$port.service" 2>/dev/null)" = enabled ] ||    # enabled-runtime is for a boot
-    echo "nobody can log in on the serial port $port"
+    echo "offer a login on the serial port $port"
 }
 fix_console() { start_at_boot "serial-getty@$port.service"; }
 
 # A profile for one MAC address, or for one card name, fails in a clone: its MAC address is new, and a removed drive can
-# change the name. Such a profile is renamed, and the one that replaces it names no card. The lease follows the
-# machine-id, which each clone makes at boot, so the DHCP client's identifier can stay at the system's default.
-pinned() {
-  grep -lE 'macaddress:|set-name:|^ +"?(en[a-z0-9]+|eth[0-9]+)"?:' /etc/netplan/*.yaml
-  grep -lE '^ *((Permanent)?MACAddress=|Name=e(n|th)[a-z0-9]*$)' /etc/systemd/network/*.network
+# change the name. A MAC address or a DHCP identifier that a file sets would be the same in all clones. Such lines are
+# removed where a line is one setting. Other files are renamed, and the profile that replaces one names no card. The
+# lease follows the machine-id, which each clone makes at boot, so the DHCP client's identifier can stay at the
+# system's default.
+lines='^[[:blank:]]*(HWADDR=|MACADDR=|LLADDR=|DEVICE="?en|hwaddress |interface-name=e'
+lines="$lines"'|(ethernet\.)?(cloned-)?mac-address="?..:|(ipv[46]\.)?dhcp-(client-id|duid)="?..:'
+lines="$lines"'|send dhcp-client-identifier +["0-9]|clientid +["0-9]|duid +["0-9]|DUIDRawData=)'
+with_lines() {
+  grep -lEi "$lines" /etc/sysconfig/network-scripts/ifcfg-* /etc/sysconfig/network/ifcfg-* /etc/network/interfaces \
+    /etc/network/interfaces.d/* /etc/NetworkManager/system-connections/* /etc/NetworkManager/NetworkManager.conf \
+    /etc/NetworkManager/conf.d/* /etc/dhcp/dhclient*.conf /etc/dhclient*.conf /etc/dhcpcd.conf \
+    /etc/systemd/networkd.conf
+}
+whole_files() {
+  grep -lE 'macaddress"?:|set-name"?:|^ +"?(en[a-z0-9]+|eth[0-9]+)"?:' /etc/netplan/*.yaml
+  grep -lE '^ *((Permanent)?MACAddress=|DUIDRawData=|Name=e(n|th)[a-z0-9]*$)' /etc/systemd/network/*.network
   grep -lE '^ *(Permanent)?MACAddress=' /etc/systemd/network/*.link
-  grep -lE '^(mac-address=.|interface-name=e)' /etc/NetworkManager/system-connections/*
+  grep -lE 'ATTR\{address\}==.*NAME=' /etc/udev/rules.d/*.rules
   grep -l . /etc/udev/rules.d/70-persistent-net.rules
 }
-find_network() { pinned | sed 's/$/ is for one card only/'; }
+find_network() { { with_lines; whole_files; } | sort -u | sed 's/^/untie from one network card: /'; }
 fix_network() {
-  pinned 2>/dev/null | while read -r file; do
+  with_lines 2>/dev/null | while read -r file; do sed -E -i "/$lines/Id" "$file"; done
+  whole_files 2>/dev/null | sort -u | while read -r file; do
     case $file in
-      */NetworkManager/*) sed -i -e '/^mac-address=/d' -e '/^interface-name=e/d' "$file"; continue;;
       *.yaml) new=/etc/netplan/60-kodemachine.yaml rights=600
         profile='network:\n  version: 2\n  ethernets:\n    any:\n      match: {name: "e*"}\n      dhcp4: true\n';;
       *.network) new=/etc/systemd/network/60-kodemachine.network rights=644
@@ -2175,11 +2291,13 @@ fix_network() {
   done
 }
 
-find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'cloud-init runs in each clone'; }
+find_cloud() { [ ! -d /etc/cloud ] || [ -e /etc/cloud/cloud-init.disabled ] || echo 'keep cloud-init out of clones'; }
 fix_cloud() { : >/etc/cloud/cloud-init.disabled; }
 
-# Only one key is made, because that is quick, unless sshd_config names others. If a service of the image's own makes
-# one meanwhile, that one stays.
+# The host keys that sshd's configuration names, or else one, because that is quick. If a service of the image's own
+# makes one meanwhile, that one stays.
+host_keys=$(sshd_has hostkey | grep -vxF "$temporary/key")
+: "${host_keys:=/etc/ssh/ssh_host_ed25519_key}"
 unit=/etc/systemd/system/kodemachine-hostkeys.service
 text='[Unit]
 Description=Make the SSH host keys of this machine
@@ -2187,27 +2305,26 @@ Before=ssh.service sshd.service
 
 [Service]
 Type=oneshot
-ExecStart=/bin/sh -c "grep -rqsi ^HostKey[[:blank:]] /etc/ssh/sshd_config /etc/ssh/sshd_config.d && \
-exec ssh-keygen -A; \
-key=/etc/ssh/ssh_host_ed25519_key; [ -s $$key.pub ] && exit; \
-rm -f $$key.new*; ssh-keygen -q -t ed25519 -N \"\" -f $$key.new || exit; \
-[ -s $$key.pub ] || { mv -f $$key.new $$key && mv -f $$key.new.pub $$key.pub; } || exit; rm -f $$key.new*"
+ExecStart=/bin/sh -c "for key in '$(printf '%s\n' "$host_keys" | sed 's/.*/\\"&\\"/' | tr '\n' ' ')'; do \
+[ -s \"$$key.pub\" ] && continue; kind=ed25519; \
+case $${key##*/} in *rsa*) kind=rsa;; *ecdsa*) kind=ecdsa;; esac; \
+rm -f \"$$key.new\"*; ssh-keygen -q -t $$kind -N \"\" -f \"$$key.new\" || exit; [ -s \"$$key.pub\" ] || \
+{ mv -f \"$$key.new\" \"$$key\" && mv -f \"$$key.new.pub\" \"$$key.pub\"; } || exit; rm -f \"$$key.new\"*; done"
 
 [Install]
 WantedBy=multi-user.target'
-find_newkeys() {
-  enabled "${unit##*/}" && [ "$(cat $unit)" = "$text" ] || echo 'nothing makes new host keys at boot'
-}
+find_newkeys() { enabled "${unit##*/}" && [ "$(cat $unit)" = "$text" ] || echo 'make new host keys at boot'; }
 fix_newkeys() { printf '%s\n' "$text" >$unit; chmod 644 $unit; systemctl daemon-reload; start_at_boot "${unit##*/}"; }
 
 find_dbus() {
   [ ! -d /var/lib/dbus ] || [ "$(readlink /var/lib/dbus/machine-id)" = /etc/machine-id ] ||
-    echo '/var/lib/dbus/machine-id is not a link to /etc/machine-id'
+    echo 'make /var/lib/dbus/machine-id a link to /etc/machine-id'
 }
 fix_dbus() { ln -sf /etc/machine-id /var/lib/dbus/machine-id; }
 
 secrets() {
-  for home in /root /home/*; do
+  grep -rlsE --exclude='ssh_host_*' 'BEGIN .*PRIVATE KEY|^ *PrivateKey *=' /etc
+  homes | while read -r home; do
     grep -lsE 'BEGIN .*PRIVATE KEY' "$home"/.ssh/*
     for file in .aws/credentials .netrc .git-credentials .config/gh/hosts.yml .docker/config.json .npmrc .pypirc \
       .kube/config .config/gcloud/credentials.db .gnupg/private-keys-v1.d .claude/.credentials.json .codex/auth.json; do
@@ -2215,49 +2332,76 @@ secrets() {
     done
   done
 }
-find_secrets() { secrets | sed 's/$/ would be in every clone/'; }
+find_secrets() {
+  secrets | grep -vxF "$host_keys" | sed 's/$/ would be in every clone/'
+  sshd_has hostkeyagent | grep -v '^none$' | sed 's/^/every clone would have the host keys of the ssh agent /'
+}
 
-find_histories() {
-  for home in /root /home/*; do
-    find "$home" -maxdepth 1 -type f \( -name '.*_history' -o -name .lesshst -o -name .viminfo \)
+# What identifies this machine to a network, a cluster or a service. To its server, all clones would be one machine.
+nodes() {
+  ls -d /var/lib/tailscale/tailscaled.state /var/lib/zerotier-one/identity.secret /var/lib/netbird/*.json \
+    /etc/netbird/config.json /etc/rancher/node/password /var/lib/kubelet/pki /var/lib/docker/swarm/certificates \
+    /opt/consul/node-id /var/lib/consul/node-id /opt/nomad/client/client-id /var/lib/nomad/client/client-id \
+    /etc/salt/pki/minion/minion.pem /etc/puppetlabs/puppet/ssl/private_keys /var/lib/puppet/ssl/private_keys \
+    /etc/chef/client.pem /var/lib/teleport/host_uuid /var/lib/amazon/ssm/registration \
+    /var/lib/ubuntu-advantage/private/machine-token.json /etc/pki/consumer/key.pem
+  homes | while read -r home; do
+    ls -d "$home"/.config/syncthing/key.pem "$home"/.local/state/syncthing/key.pem "$home"/actions-runner/.credentials
   done
+}
+find_nodes() { nodes | sed 's/$/ would identify every clone as one machine/'; }
+
+# The histories of shells, interpreters, databases and editors, wherever these keep them.
+find_histories() {
+  homes | while read -r home; do
+    find -H "$home"/.[!.]* -maxdepth 4 -type f \( -name '*history' -o -name '*hist' -o -name '*histfile' -o \
+      -name 'history.sqlite*' -o -name 'history.db*' -o -name '*.shada' -o -name '*viminfo' -o -name '*lesshst' -o \
+      -name '*wget-hsts' \) ! -path '*/.git/*'
+  done | sort -u
 }
 fix_histories() { find_histories | remove; }
 
 find_packages() {
-  find /var/cache/apt /var/lib/apt/lists /var/cache/dnf /var/cache/yum /var/cache/zypp /var/cache/pacman/pkg \
+  find -H /var/cache/apt /var/lib/apt/lists /var/cache/dnf /var/cache/yum /var/cache/zypp /var/cache/pacman/pkg \
     -type f ! -name lock
 }
 fix_packages() { find_packages | remove; }
 
 find_leases() {
-  find /var/lib/dhcp /var/lib/dhcpcd /var/lib/NetworkManager -type f \
-    \( -name '*.lease*' -o -name secret_key -o -name timestamps \)
+  find -H /var/lib/dhcp /var/lib/dhclient /var/lib/dhcpcd /var/lib/NetworkManager /var/lib/wicked /etc/dhcpcd.duid \
+    -type f \( -name '*lease*' -o -name '*duid*' -o -name secret_key -o -name timestamps \)
 }
 fix_leases() { find_leases | remove; }
 
-find_logs() { find /var/log -type f -size +0; }
+find_logs() { find -H /var/log -type f -size +0; }
 fix_logs() {
-  find /var/log -type f \( -path '*/journal/*' -o -name '*.gz' -o -name '*.xz' -o -name '*.[0-9]' -o -name '*.old' \) |
-    remove
+  find -H /var/log -type f \( -path '*/journal/*' -o -name '*.[gx]z' -o -name '*.[0-9]' -o -name '*.old' \) | remove
   find_logs | while read -r file; do : >"$file"; done
 }
 
 # The service writes a new seed when the machine powers off, unless it has been stopped before.
-find_seed() { find /var/lib/systemd/random-seed /var/lib/urandom/random-seed /boot/efi/loader/random-seed -type f; }
+find_seed() { find -H /var/lib/systemd/random-seed /var/lib/urandom/random-seed /boot/efi/loader/random-seed -type f; }
 fix_seed() { systemctl stop systemd-random-seed.service; find_seed | remove; }
 
-find_hostkeys() { find /etc/ssh -name 'ssh_host_*'; }
+find_hostkeys() {
+  find -H /etc/ssh -name 'ssh_host_*' >"$temporary/found"
+  { printf '%s\n' "$host_keys"; sshd_has hostcertificate; } | while read -r file; do
+    ls -d "$file" "$file.pub" 2>/dev/null
+  done | sort -u - "$temporary/found"
+}
 fix_hostkeys() { find_hostkeys | remove; }
 
-find_machineid() { [ -f /etc/machine-id ] && [ ! -s /etc/machine-id ] || echo '/etc/machine-id is not an empty file'; }
+find_machineid() { [ -f /etc/machine-id ] && [ ! -s /etc/machine-id ] || echo 'empty /etc/machine-id'; }
 fix_machineid() { : >/etc/machine-id; }
 
 for name in systemd server; do need $name; done
-for name in agent ssh user key; do step $name; done
+for name in agent ssh user; do step $name; done
+read_user
+step key
+need login
 if [ "$sudo" = yes ]; then step sudo; else hint sudo; fi
 for name in console network cloud newkeys dbus; do step $name; done
-hint secrets
+for name in secrets nodes; do hint $name; done
 for name in histories packages leases logs seed; do tidy $name; done
 if [ "$mode" = apply ]; then
   if fstrim -a 2>/dev/null || fstrim / 2>/dev/null; then say trim 'done'; else say trim warn 'it cannot be trimmed'; fi
@@ -4293,8 +4437,33 @@ PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*)(?:\s|$)")
 KEY_KINDS = ("ed25519", "ecdsa", "rsa", "ed25519_sk", "ecdsa_sk")
 
 
-def public_key(identity_file: str | None) -> str:
-    """The person's public key, as `type base64 comment`. Raises KodeError if there is none."""
+def usable_key(text: str) -> str:
+    """The public key at the beginning of a text, as `type base64 comment`; "" if there is none."""
+    line = text.partition("\n")[0]
+    match = PUBLIC_KEY.match(line)
+    if not match:
+        return ""
+    # A comment may contain anything; the key goes into shell scripts and JSON.
+    if line.isascii() and line.isprintable():
+        return line
+    return match.group(1)
+
+
+def agent_key(utm: Utmctl) -> str:
+    """The first key of the ssh agent that ssh uses; "" if there is none. Password managers keep keys only there."""
+    words = ["ssh-add", "-L"]
+    agent = re.search(r"(?m)^identityagent (/.*)$", utm.call("ssh", "-G", "--", "kodemachine").out)
+    if agent:
+        words = ["env", f"SSH_AUTH_SOCK={agent.group(1)}", *words]
+    reply = utm.call(*words, limit=LIMITS["ssh-add"])
+    return usable_key(reply.out) if reply.outcome is Outcome.DONE else ""
+
+
+def public_key(utm: Utmctl, identity_file: str | None) -> str:
+    """The person's public key, as `type base64 comment`. Raises KodeError if there is none.
+
+    Without a configured file, and without one of ssh's own names, it is taken from the ssh agent.
+    """
     if identity_file:
         places = [identity_file.removesuffix(".pub") + ".pub"]
         hint = "Name the key that you use: kodemachine config set identity_file PATH"
@@ -4303,14 +4472,16 @@ def public_key(identity_file: str | None) -> str:
         hint = "Make one: ssh-keygen -t ed25519; or name yours: kodemachine config set identity_file PATH"
     for place in places:
         with explained(place):
-            line = (read_text(place) or "").partition("\n")[0]
-        match = PUBLIC_KEY.match(line)
-        # A comment may contain anything; the key goes into shell scripts and JSON.
-        if match and line.isascii() and line.isprintable():
-            return line
-        if match:
-            return match.group(1)
-    raise KodeError(f"there is no ssh public key at {' or '.join(places[:3])}", hint)
+            key = usable_key(read_text(place) or "")
+        if key:
+            return key
+    where = " or ".join(places[:3])
+    if not identity_file:
+        key = agent_key(utm)
+        if key:
+            return key
+        where += ", nor in an ssh agent"
+    raise KodeError(f"there is no ssh public key at {where}", hint)
 
 
 class Images:
@@ -7167,7 +7338,7 @@ def cmd_base_seal(ctx: Context, opts: Arguments) -> int:
             image = images.resume_copy(vm, opts.image)
         if not image:
             user = user_name(manager.settings.ssh_user)
-            sealer = Sealer(manager, vm, user, public_key(manager.settings.identity_file))
+            sealer = Sealer(manager, vm, user, public_key(manager.utm, manager.settings.identity_file))
             if not seal(ctx, sealer, opts):
                 return 0
             image = images.copy(vm, opts.image) if opts.image else None
@@ -7215,7 +7386,7 @@ def cmd_base_create(ctx: Context, opts: Arguments) -> int:
     """create an image: download a cloud image, verify it, set it up, and seal it"""
     settings = ctx.manager.settings
     user = user_name(opts.user or settings.ssh_user)
-    key = public_key(settings.identity_file)
+    key = public_key(ctx.manager.utm, settings.identity_file)
     plan = Plan(opts.name, opts.image, opts.disk, opts.cpus, opts.memory, user, key)
     creator = Creator(ctx.manager, xdg_folder("XDG_CACHE_HOME", "~/.cache"), plan)
     vm = creator.create()

@@ -3400,9 +3400,9 @@ class PureTest(unittest.TestCase):
                                 ("", None), ("-----BEGIN OPENSSH PRIVATE KEY-----\n", None)):
                 write_text(path, text)
                 if found:
-                    self.assertEqual(kodemachine.public_key(path), found)
+                    self.assertEqual(kodemachine.public_key(mock.Mock(), path), found)
                 else:
-                    self.assertRaises(kodemachine.KodeError, kodemachine.public_key, path)
+                    self.assertRaises(kodemachine.KodeError, kodemachine.public_key, mock.Mock(), path)
 
 
 class ProberTest(unittest.TestCase):
@@ -7429,6 +7429,7 @@ class SealTest(Case):
                              "etc/NetworkManager/system-connections/Wired connection 1.nmconnection": self.PROFILE})
         with self.utm.fake as utm:
             Guest(utm, self.uuid).give_away(self.root)
+        self.guest_uid = os.stat(self.root).st_uid
 
     def put(self, folder: str, files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -7511,7 +7512,7 @@ class SealTest(Case):
     def test_correct_settings_are_not_changed(self) -> None:
         key = PUBLIC_KEY + " elsewhere"
         self.put(self.root, {"home/me/.ssh/authorized_keys": f"# {PUBLIC_KEY[:30]}\nssh-rsa AAAA other\n{key}",
-                             "etc/passwd": f"me:*:1000:1000::{self.root}/home/me:/bin/bash\n",
+                             "etc/passwd": f"me:*:{self.guest_uid}:1000::{self.root}/home/me:/bin/bash\n",
                              "etc/sudoers.d/me": "me ALL=(ALL) NOPASSWD: ALL\n"})
         status = self.step_statuses(self.seal("alpha", "--check").out)
         self.assertEqual([status[name] for name in ("agent", "ssh", "user", "key", "sudo")], ["ok"] * 5)
@@ -7616,9 +7617,259 @@ class SealTest(Case):
         self.seal()
         self.assertEqual(self.guest_file("home/me/.ssh/authorized_keys"), "ssh-ed25519 AAAAwork\n")
 
+    def run_script(self, script: str, mode: str) -> str:
+        """Runs a script with the arguments of SEAL; its output without the guest's folder."""
+        words = ["/bin/sh", "-c", script, "kodemachine", mode, "me", PUBLIC_KEY + " me@mac", ""]
+        with self.utm.fake as utm:
+            process = Guest(utm, self.uuid).run(words, [], subprocess.DEVNULL, subprocess.PIPE, subprocess.DEVNULL)
+        return str(process.communicate()[0].decode().replace(self.root, ""))
+
+    def steps_of(self, mode: str = "check") -> dict[str, str]:
+        """The details of each step that is not ok, one per line."""
+        out = self.run_script(kodemachine.SEAL, mode)
+        self.assertTrue(out.endswith("end\n"), out)
+        found: dict[str, str] = {}
+        for name, detail in re.findall(r"(?m)^step ([a-z]+) (?:would|bad|warn) (.*)$", out):
+            found[name] = (found.get(name, "") + "\n" + detail).lstrip()
+        return found
+
+    def give_away(self) -> None:
+        """Makes the guest's processes the owner of its files."""
+        with self.utm.fake as utm:
+            Guest(utm, self.uuid).give_away(self.root)
+
+    def add_user(self, line: str = PUBLIC_KEY + "\n") -> None:
+        """Adds the user, with that line in authorized_keys."""
+        self.put(self.root, {"etc/passwd": f"me:*:{self.guest_uid}:1000::{self.root}/home/me:/bin/bash\n",
+                             "home/me/.ssh/authorized_keys": line})
+        self.give_away()
+
+    def sshd_config(self, text: str) -> None:
+        self.put(self.root, {"etc/ssh/sshd_config": text})
+
+    def test_table_after_a_seal_says_what_was_done(self) -> None:
+        said = self.seal().err.replace(self.root, "").partition("sealing")[2]
+        for text in ("user done add the user me", "newkeys done make new host keys at boot",
+                     "machineid done empty /etc/machine-id", "seed done remove /var/lib/systemd/random-seed"):
+            self.assertIn(text, [" ".join(line.split()) for line in said.splitlines()])
+
+    def test_host_keys_elsewhere_are_removed_and_made_again_at_boot(self) -> None:
+        keys = os.path.join(self.root, "var/lib/ssh keys")
+        os.mkdir(keys)
+        real = self.write(os.path.join(self.root, "srv/key"), "private\n")
+        os.symlink(real, os.path.join(keys, "linked_rsa"))
+        for name in ("host", "host.pub", "linked_rsa.pub", "host-cert.pub"):
+            self.write(os.path.join(keys, name), "x\n", 0o600)
+        included = self.write(os.path.join(self.root, "etc/ssh/sshd_config.d/a.conf"),
+                              f'HostKey "{keys}/host"\nHostKey "{keys}/linked_rsa"\n'
+                              f'HostCertificate "{keys}/host-cert.pub"\n')
+        self.sshd_config(f"Include {included}\n")
+        self.give_away()
+        self.seal()
+        self.assertEqual((os.listdir(keys), os.path.exists(real)), ([], False))
+        words = self.unit_command()
+        for _ in range(2):
+            result = self.utmctl("exec", "km-alpha", "--cmd", *words)
+            self.assertEqual((result.code, result.err), (0, ""))
+            public = {name: self.read(os.path.join(keys, name + ".pub")).split()[0] for name in ("host", "linked_rsa")}
+        self.assertEqual(public, {"host": "ssh-ed25519", "linked_rsa": "ssh-rsa"})
+        self.assertEqual(sorted(os.listdir(keys)), ["host", "host.pub", "linked_rsa", "linked_rsa.pub"])
+
+    def test_configuration_that_sshd_rejects_is_an_error(self) -> None:
+        self.sshd_config("Port twentytwo\n")
+        self.assertIn("sshd rejects its configuration: ", self.steps_of()["server"])
+
+    def test_key_is_added_where_sshd_looks_for_it(self) -> None:
+        self.add_user()
+        self.assertNotIn("key", self.steps_of())
+        for text, place in (
+            ("AuthorizedKeysFile .ssh/keys2 .ssh/authorized_keys3\n", "home/me/.ssh/keys2"),
+            ("AuthorizedKeysFile %h/.config/keys/%u\n", "home/me/.config/keys/me"),
+            (f"StrictModes no\nMatch User me\n  AuthorizedKeysFile {self.root}/etc/keys/%U-%u\n",
+             f"etc/keys/{self.guest_uid}-me"),
+        ):
+            with self.subTest(text):
+                self.sshd_config(text)
+                self.assertEqual(self.steps_of()["key"], "let me log in with your ssh key")
+                self.assertNotIn("key", self.steps_of("apply"))
+                self.assertEqual(self.guest_file(place), PUBLIC_KEY + " me@mac\n")
+                self.assertNotIn("key", self.steps_of())
+        for text in ("AuthorizedKeysFile none\n", "AuthorizedKeysCommand /bin/true\nAuthorizedKeysCommandUser root\n"
+                     "AuthorizedKeysFile none\n"):
+            self.sshd_config(text)
+            self.assertIn("your ssh key: sshd reads no file with keys: ", self.steps_of("apply")["key"])
+
+    def test_key_with_options_that_keep_the_person_out_gets_a_line_without_them(self) -> None:
+        for options in ('command="echo no"', 'no-pty,from="10.0.0.0/8"', 'expiry-time="20200101"', "cert-authority"):
+            with self.subTest(options):
+                self.add_user(f"# mine\n{options} {PUBLIC_KEY} me\n")
+                self.assertEqual(self.steps_of()["key"],
+                                 f"let me log in with your ssh key, without these options: {options}")
+        self.assertNotIn("key", self.steps_of("apply"))
+        self.assertEqual(self.guest_file("home/me/.ssh/authorized_keys"),
+                         f"{PUBLIC_KEY} me@mac\n# mine\ncert-authority {PUBLIC_KEY} me\n")
+        self.add_user(f'no-port-forwarding,environment="A=b" {PUBLIC_KEY} me\n')
+        self.assertNotIn("key", self.steps_of())
+
+    def test_owners_and_modes_that_sshd_rejects_are_repaired(self) -> None:
+        self.add_user()
+        for name, mode in (("home/me", 0o775), ("home/me/.ssh", 0o777), ("home/me/.ssh/authorized_keys", 0o660)):
+            os.chmod(os.path.join(self.root, name), mode)
+            self.assertEqual(self.steps_of()["key"], f"fix the owner or the mode of /{name}")
+            self.assertNotIn("key", self.steps_of("apply"))
+        os.chmod(os.path.join(self.root, "home/me"), 0o775)
+        self.sshd_config("StrictModes no\n")
+        self.assertNotIn("key", self.steps_of())
+
+    def refusals(self) -> str:
+        """What the step `login` finds."""
+        definitions = kodemachine.SEAL.partition("for name in systemd")[0]
+        return self.run_script(definitions + "find_login", "check").strip()
+
+    def test_account_that_cannot_log_in_is_an_error(self) -> None:
+        self.add_user()
+        self.put(self.root, {"etc/group": "users:x:100:other,me\nops:x:101:other\n"})
+        sshd = "sshd does not let me in: see {} in its configuration"
+        for text, option in (
+            ("PubkeyAuthentication no\n", "PubkeyAuthentication"),
+            ("Match User m?\n PubkeyAuthentication no\n", "PubkeyAuthentication"),
+            ("AuthenticationMethods publickey,password\n", "AuthenticationMethods"),
+            ("AllowUsers bob me2\n", "AllowUsers"), ("DenyUsers m*\n", "DenyUsers"),
+            ("ForceCommand echo no\n", "ForceCommand"), ("ChrootDirectory /var/empty\n", "ChrootDirectory"),
+            ("PermitTTY no\n", "PermitTTY"), ("PubkeyAcceptedAlgorithms rsa-sha2-512\n", "PubkeyAcceptedAlgorithms"),
+            ("AllowGroups ops\n", "AllowGroups"), ("DenyGroups u*\n", "DenyGroups"),
+        ):
+            with self.subTest(text):
+                self.sshd_config(text)
+                self.assertEqual(self.refusals(), sshd.format(option))
+        self.assert_says(self.seal(code=1), 1, "km-alpha cannot be sealed: login (sshd does not let me in: see DenyG")
+        self.sshd_config("AllowUsers bob me@192.168.*\nAllowGroups users\nDenyUsers root\nDenyGroups ops\n"
+                         "AuthenticationMethods publickey,password publickey\nUsePAM no\n")
+        self.assertEqual(self.refusals(), "")
+        self.put(self.root, {"etc/shadow": "me:!:19000:0:99999:7:::\n"})
+        self.assertIn("without PAM, sshd takes an account for locked", self.refusals())
+        self.sshd_config("UsePAM yes\n")
+        self.assertEqual(self.refusals(), "")
+        for fields, what in (("*:19000:0:99999:7::1:", "account"), ("*:0:0:99999:7:::", "password"),
+                             ("*:19000:0:90:7:::", "password")):
+            self.put(self.root, {"etc/shadow": f"me:{fields}\n"})
+            self.assertEqual(self.refusals(), f"the {what} has expired: see chage -l me")
+        os.unlink(os.path.join(self.root, "etc/shadow"))
+        passwd = self.guest_file("etc/passwd")
+        self.put(self.root, {"etc/passwd": passwd.replace("/bin/bash", "/bin/false"), "etc/nologin": ""})
+        self.assertEqual(self.refusals(), "only root can log in: there is /etc/nologin\n"
+                         "the shell of me, /bin/false, runs no commands")
+
+    HISTORIES = (
+        ".bash_history", ".zsh_history", ".histfile", ".zhistory", ".local/share/fish/fish_history", ".python_history",
+        ".local/state/python_history", ".psql_history", ".mysql_history", ".sqlite_history", ".rediscli_history",
+        ".node_repl_history", ".lesshst", ".local/state/lesshst", ".viminfo", ".vim/viminfo", ".wget-hsts", ".Rhistory",
+        ".local/share/nvim/shada/main.shada", ".local/state/nvim/shada/main.shada", ".local/share/nano/search_history",
+        ".ipython/profile_default/history.sqlite", ".config/zsh/.zsh_history", ".local/share/atuin/history.db",
+    )
+
+    def test_histories_are_removed_wherever_programs_keep_them(self) -> None:
+        homes = ("root", "home/me", "home/deleted", "var/lib/postgresql")
+        self.put(self.root, {f"{home}/{name}": "secret\n" for home in homes for name in self.HISTORIES})
+        kept = {"home/me/.oh-my-zsh/lib/history.zsh": "x", "home/me/src/history": "x", "home/me/.bashrc": "x",
+                "home/me/.dotfiles/.git/refs/heads/history": "x"}
+        self.put(self.root, {**kept, "etc/passwd": f"postgres:x:70:70::{self.root}/var/lib/postgresql:/bin/sh\n"
+                             f"daemon:*:1:1::/:/bin/false\nroot:x:0:0::{self.root}/root:/bin/sh\n"})
+        # Links in place of folders.
+        os.makedirs(os.path.join(self.root, "srv"), exist_ok=True)
+        for name in ("root", "var/log"):
+            os.rename(os.path.join(self.root, name), os.path.join(self.root, "srv", os.path.basename(name)))
+            os.symlink(os.path.join(self.root, "srv", os.path.basename(name)), os.path.join(self.root, name))
+        self.give_away()
+        self.assertNotIn("histories", self.steps_of("apply"))
+        self.assertEqual(self.there(*(f"{home}/{name}" for home in homes for name in self.HISTORIES)), [])
+        self.assertEqual(self.there(*kept), list(kept))
+        self.assertEqual(self.guest_file("srv/log/syslog"), "")
+
+    TIED = {
+        "etc/sysconfig/network-scripts/ifcfg-eth0": ("DEVICE=eth0\nHWADDR=52:54:00:00:00:01\nONBOOT=yes\n",
+                                                     "DEVICE=eth0\nONBOOT=yes\n"),
+        "etc/sysconfig/network-scripts/ifcfg-x": ('DEVICE="ens3"\nMACADDR=52:54:00:00:00:01\nBOOT=yes\n', "BOOT=yes\n"),
+        "etc/network/interfaces": ("iface a inet dhcp\n    hwaddress ether 52:54:00:00:00:01\n", "iface a inet dhcp\n"),
+        "etc/network/interfaces.d/a": ("iface b inet dhcp\n\thwaddress 52:54:00:00:00:01\n", "iface b inet dhcp\n"),
+        "etc/NetworkManager/system-connections/a.nmconnection": (
+            "[ethernet]\ncloned-mac-address=52:54:00:00:00:01\n[ipv4]\ndhcp-client-id=01:52:54\nmethod=auto\n",
+            "[ethernet]\n[ipv4]\nmethod=auto\n"),
+        "etc/NetworkManager/conf.d/a.conf": ("[a]\nethernet.cloned-mac-address=52:54:00:00:00:01\n", "[a]\n"),
+        "etc/dhcp/dhclient.conf": ('send dhcp-client-identifier "web";\nsend host-name = gethostname();\n',
+                                   "send host-name = gethostname();\n"),
+        "etc/dhcpcd.conf": ("hostname\nclientid 01:52:54:00:00:00:01\n", "hostname\n"),
+        "etc/systemd/networkd.conf": ("[DHCPv4]\nDUIDRawData=00:00:ab:11\n", "[DHCPv4]\n"),
+    }
+    UNTIED = {
+        "etc/network/interfaces.d/b": "iface eth0 inet dhcp\n",
+        "etc/NetworkManager/conf.d/b.conf": "[connection]\nethernet.cloned-mac-address=stable\n",
+        "etc/NetworkManager/system-connections/b.nmconnection": "mac-address-denylist=\n[ipv4]\ndhcp-client-id=mac\n",
+        "etc/dhcp/dhclient6.conf": "#send dhcp-client-identifier 1:0:a0;\nsend dhcp-client-identifier = hardware;\n",
+        "etc/udev/rules.d/60-other.rules": 'ACTION=="add", ATTR{address}=="52:54:00:00:00:01", TAG+="x"\n',
+    }
+
+    def test_network_settings_of_every_kind_are_untied_from_the_card(self) -> None:
+        rules = {"etc/udev/rules.d/10-net.rules": 'ATTR{address}=="52:54:00:00:00:01", NAME="lan0"\n'}
+        for name in self.PINNED:
+            os.unlink(os.path.join(self.root, name))
+        self.put(self.root, {**{name: before for name, (before, _) in self.TIED.items()}, **self.UNTIED, **rules})
+        self.give_away()
+        self.assertNotIn("network", self.steps_of("apply"))
+        self.assertEqual({name: self.guest_file(name) for name in self.TIED},
+                         {name: after for name, (_, after) in self.TIED.items()})
+        self.assertEqual({name: self.guest_file(name) for name in self.UNTIED}, self.UNTIED)
+        self.assertEqual(self.there(*rules), [])
+        self.assertNotIn("network", self.steps_of())
+
+    def test_secrets_and_identities_of_nodes_are_all_named_and_stay(self) -> None:
+        key = "-----BEGIN EC PRIVATE KEY-----\n"
+        secrets = {"home/me/.ssh/id_work": key, "etc/salt/pki/minion/minion.pem": key, "root/.netrc": "x",
+                   "etc/wireguard/wg0.conf": "[Interface]\nPrivateKey = x\n"}
+        nodes = {"var/lib/tailscale/tailscaled.state": "x", "var/lib/zerotier-one/identity.secret": "x",
+                 "etc/rancher/node/password": "x", "etc/salt/pki/minion/minion.pem": key,
+                 "home/me/.local/state/syncthing/key.pem": "x", "var/lib/docker/swarm/certificates/swarm-node.key": "x"}
+        self.put(self.root, {**secrets, **nodes})
+        self.sshd_config("HostKeyAgent /run/agent.sock\n")
+        self.give_away()
+        found = self.steps_of()
+        for name in secrets:
+            self.assertIn(f"/{name} would be in every clone", found["secrets"])
+        self.assertIn("every clone would have the host keys of the ssh agent /run/agent.sock", found["secrets"])
+        for name in nodes:
+            self.assertIn("/" + name.replace("/swarm-node.key", "") + " would identify every clone", found["nodes"])
+        self.steps_of("apply")
+        self.assertEqual(len(self.there(*secrets, *nodes)), len(secrets) + len(nodes))
+
+    def start_agent(self) -> tuple[str, str]:
+        """A real ssh agent with a key that is in no file; its socket and the public key."""
+        folder = tempfile.mkdtemp(prefix="km-")
+        self.addCleanup(shutil.rmtree, folder)
+        path, key = os.path.join(folder, "agent"), os.path.join(folder, "key")
+        agent = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.terminate)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "in the vault", "-f", key], check=True)
+        wait_for(lambda: os.path.exists(path))
+        subprocess.run(["ssh-add", "-q", key], env={**os.environ, "SSH_AUTH_SOCK": path}, check=True)
+        os.unlink(key)
+        return path, self.read(key + ".pub")
+
+    def test_key_of_the_agent_is_used_if_there_is_no_file(self) -> None:
+        path, key = self.start_agent()
+        self.assertEqual(self.km("base", "seal", "alpha", "--check", env={"SSH_AUTH_SOCK": path}).code, 0)
+        os.unlink(os.path.join(self.home, ".ssh/id_ed25519.pub"))
+        self.assert_says(self.seal(code=1), 1, "there is no ssh public key at ", ", nor in an ssh agent")
+        # As 1Password has it set.
+        self.ssh_options(f'Host *\n  IdentityAgent "{path}"\n')
+        self.seal()
+        self.assertEqual(self.guest_file("home/me/.ssh/authorized_keys"), key)
+        self.config(ssh_user="me", identity_file="~/.ssh/work")
+        self.assert_says(self.seal(code=1), 1, "there is no ssh public key at ", ".ssh/work.pub\n")
+
     def test_failed_step_is_named_and_the_later_ones_are_not_done(self) -> None:
         self.put(self.root, {"bin/useradd": "#!/bin/sh\necho useradd: no space >&2; exit 1\n"})
-        self.assert_says(self.seal(code=1), 1, "user (there is no user me: useradd: no space)")
+        self.assert_says(self.seal(code=1), 1, "user (add the user me: useradd: no space)")
         self.assertEqual((self.there("etc/cloud/cloud-init.disabled"), self.states()["km-alpha"]), ([], "started"))
 
     def test_next_run_completes_an_interrupted_seal(self) -> None:
