@@ -2411,12 +2411,24 @@ sync
 echo end
 """
 
-INSTALL_AGENT = """\
+# Distributions of Red Hat's family, and newer ones of SUSE's, forbid the agent to run commands, by a list of forbidden
+# commands or of allowed ones; the variable in the file has had four names. SELinux confines the agent as well. An agent
+# is only restarted if it could not run commands until now: that would end them.
+INSTALL_AGENT = r"""
 command -v qemu-ga >/dev/null ||
   { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install qemu-guest-agent; } ||
   dnf -qy install qemu-guest-agent
-systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent"""
-# The end of cloud-init, and its data source: without a seed it succeeds, and has done nothing.
+for file in /etc/sysconfig/qemu-ga /etc/qemu/qemu-ga.conf; do
+  grep -sE '^[^#]*(allow-rpcs|guest-exec)' "$file" | grep -qvE 'allow-rpcs.*guest-exec' || continue
+  sed -E -i -e '/^ *#/b' -e 's/,?guest-exec(-status)?//g' -e 's/allow-rpcs *= */&guest-exec,guest-exec-status,/' "$file"
+  systemctl stop qemu-guest-agent
+done
+if command -v semodule >/dev/null; then
+  echo '(typepermissive virt_qemu_ga_t)' >/run/kodemachine-agent.cil
+  semodule -i /run/kodemachine-agent.cil
+fi
+systemctl enable --now qemu-guest-agent || systemctl start qemu-guest-agent
+"""
 CLOUD_INIT = "cloud-init status --wait --long; code=$?; cat /run/cloud-init/result.json; exit $code"
 
 
@@ -3076,23 +3088,26 @@ class VM:
 
     # -- commands in the guest
 
-    def wait_for_agent(self, limit: float) -> None:
-        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut."""
-        complaint = ""
+    def wait_for_agent(self, limit: float, *, may_change: bool = False) -> None:
+        """Waits until the guest agent runs commands. Raises KodeError as soon as the machine is off, or TimedOut.
+
+        Raises Forbidden at once if the guest's configuration forbids that, unless the configuration `may_change`.
+        """
+        complaint, hint = "", "It needs qemu-guest-agent in the guest, and UTM's QEMU backend."
         for _ in poll(limit, self._notes.tick, 0.3, 3.0):
             try:
                 self.run(["true"], limit=LIMITS["osascript"])
                 return
             except (Unreachable, UsageError):
                 raise
+            except Forbidden as failure:
+                if not may_change:
+                    raise
+                complaint, hint = failure.message, failure.hint
             except KodeError as failure:
                 complaint = failure.message
-                # The guest agent's own words for a command that its configuration forbids.
-                if "has been disabled" in complaint:
-                    raise
             self._must_run()
-        raise TimedOut(f"the guest agent of {self.name} does not answer after {seconds_text(limit)}: {complaint}",
-                       "It needs qemu-guest-agent in the guest, and UTM's QEMU backend.")
+        raise TimedOut(f"the guest agent of {self.name} does not answer after {seconds_text(limit)}: {complaint}", hint)
 
     def run(self, argv: Sequence[str], data: bytes = b"", limit: float = float("inf")) -> tuple[int, bytes, bytes]:
         """Runs a command as root through the guest agent; its exit status, stdout and stderr, complete at its end.
@@ -4555,14 +4570,14 @@ class Sealer:
         self._manager, self._notes = manager, manager.utm.notes
         self.vm, self.user, self._key = vm, user, key
 
-    def wake(self, limit: float) -> None:
+    def wake(self, limit: float, *, may_change: bool = False) -> None:
         """Starts the machine if it is off, and waits for its guest agent, at most `limit` seconds for each."""
         vm = self.vm
         if vm.power is not Power.STARTED:
             self._notes.step(f"starting {vm.name}")
             vm.power_on(limit, before_cold=lambda: self._manager.before_cold_start(vm))
         self._notes.step(f"waiting for the guest agent of {vm.name}")
-        vm.wait_for_agent(limit)
+        vm.wait_for_agent(limit, may_change=may_change)
 
     def ask(self, mode: str, *, sudo: bool = False) -> list[Step]:
         """The steps that SEAL reports in that mode: check, apply or prove. Raises KodeError if it was interrupted."""
@@ -4889,7 +4904,8 @@ class Creator:
         if vm.record.making != "sealed" or vm.power is not Power.STOPPED:
             sealer = Sealer(self._manager, vm, self._plan.user, self._plan.key)
             with self._step("booting it for the first time"):
-                sealer.wake(CREATE_LIMIT)
+                # The seed makes cloud-init allow the agent to run commands.
+                sealer.wake(CREATE_LIMIT, may_change=True)
             with self._step("waiting for cloud-init"):
                 self._wait_for_cloud_init(vm)
             with self._step("sealing"):

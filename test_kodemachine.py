@@ -8345,6 +8345,47 @@ class CreateTest(Case):
         self.assert_made()
         self.assertEqual(len(self.utm.calls("configure", tool="osascript")), 2)
 
+    # The lines that forbid the agent to run commands (RHEL 8; Fedora and RHEL 9; RHEL 9.4; newer Fedoras; Tumbleweed; a
+    # configuration file of QEMU's own), and what they must become.
+    FORBIDDING = (
+        ("sysconfig/qemu-ga", "BLACKLIST_RPC=guest-ping,guest-exec,guest-exec-status", "BLACKLIST_RPC=guest-ping"),
+        ("sysconfig/qemu-ga", "BLOCK_RPCS=guest-ping,guest-exec,guest-exec-status", "BLOCK_RPCS=guest-ping"),
+        ("sysconfig/qemu-ga", 'FILTER_RPC_ARGS="--allow-rpcs=guest-sync,guest-info"',
+         'FILTER_RPC_ARGS="--allow-rpcs=guest-exec,guest-exec-status,guest-sync,guest-info"'),
+        ("sysconfig/qemu-ga", 'QEMU_GA_ARGS="--verbose --block-rpcs=guest-ping,guest-exec,guest-exec-status"',
+         'QEMU_GA_ARGS="--verbose --block-rpcs=guest-ping"'),
+        ("sysconfig/qemu-ga", 'FILTER_RPC_ARGS="--block-rpcs=guest-exec,guest-exec-status"',
+         'FILTER_RPC_ARGS="--block-rpcs="'),
+        ("qemu/qemu-ga.conf", "[general]\nblock-rpcs = guest-exec,guest-exec-status", "[general]\nblock-rpcs = "),
+        ("qemu/qemu-ga.conf", "[general]\nallow-rpcs=guest-ping",
+         "[general]\nallow-rpcs=guest-exec,guest-exec-status,guest-ping"),
+    )
+
+    def test_agent_is_allowed_to_run_commands_before_it_starts(self) -> None:
+        uuid = self.vm("a", "started")
+        root = self.utm.guest("km-a")
+        log = os.path.join(root, "log")
+        for name in ("qemu-ga", "systemctl"):
+            self.write(os.path.join(root, "bin", name), f'#!/bin/sh\necho "$*" >>{log}\n', 0o755)
+        comment = "# BLACKLIST_RPC=guest-exec\n"
+        for name, before, after in self.FORBIDDING:
+            with self.subTest(before):
+                path = self.write(os.path.join(root, "etc", name), f"{comment}{before}\nX=1\n")
+                with self.utm.fake as utm:
+                    Guest(utm, uuid).give_away(root)
+                for _ in range(2):
+                    self.utmctl("exec", "km-a", "--cmd", "/bin/sh", "-c", kodemachine.INSTALL_AGENT)
+                    self.assertEqual(self.read(path), f"{comment}{after}\nX=1\n")
+                # It is stopped once: the second time it may be running commands.
+                self.assertEqual(self.read(log), "stop qemu-guest-agent\n" + 2 * "enable --now qemu-guest-agent\n")
+                os.unlink(log)
+                os.unlink(path)
+
+    def test_agent_that_may_not_run_commands_yet_is_waited_for(self) -> None:
+        self.utm.fault("exec", error=-2700, string="Command guest-exec has been disabled: not allowed", times=2)
+        self.create()
+        self.assert_made()
+
     def test_seed_that_utm_does_not_remove_is_an_error(self) -> None:
         for answer in ("2 disk disk\n", "1 disk seed\n"):
             self.utm.fault("detach", stdout=answer)
