@@ -206,10 +206,21 @@ class FakeUTM:
         elif (old, new) == ("starting", "started"):
             vm["up_at"] = self.now
             vm["ips"] = self.free_address() if vm["ips"] is None else vm["ips"]
+            if self.app["consoles"]:
+                self.boot(vm)
         elif new == "stopped":
             vm.update(disposable=False, up_at=None)
             # Pending actions of this run must not happen in the next one.
             self.state["pending"] = [entry for entry in self.state["pending"] if entry[2] != uuid]
+
+    def boot(self, vm: Machine) -> None:
+        """In the demo and the sandbox: connects the console of its address, and runs what a guest runs at boot."""
+        address = vm["ips"][0]
+        vm["serials"] = [{"kind": "ptty", "path": self.app["consoles"][address]}]
+        Guest(self, vm["uuid"]).boot(address)
+        # The first blocks of its own.
+        with open(self.bundle(vm, "Data", "efi_vars.fd"), "wb") as file:
+            file.write(bytes(2 << 20))
 
     # -- actions on a machine; each returns the seconds until UTM replies
 
@@ -265,6 +276,14 @@ class FakeUTM:
         """The guest shuts itself down. request_seconds None: it never finishes."""
         if vm["request_seconds"] is not None:
             self.later(vm["request_seconds"], "become", vm["uuid"], "started", "stopped")
+
+    def power_off_if_asked(self, uuid: str) -> None:
+        """Powers the guest off if a command in it has asked for that."""
+        mark = self.path("guests", uuid, "power-off")
+        vm = self.find(uuid)
+        if vm and os.path.exists(mark):
+            os.unlink(mark)
+            self.power_off(vm)
 
     def delete(self, vm: Machine) -> float:
         self.need_stopped(vm)
@@ -459,10 +478,14 @@ class FakeUTM:
 
     @staticmethod
     def copy_tree(old: str, new: str) -> None:
+        """Copies a folder. As on APFS, the copy of a disk shares its blocks; nothing writes to them."""
         import shutil
 
+        def copy_file(place: str, copy: str) -> None:
+            (os.link if place.endswith(".qcow2") else shutil.copy2)(place, copy)
+
         shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(old, new, symlinks=True)
+        shutil.copytree(old, new, symlinks=True, copy_function=copy_file)
 
     def copy_bundle(self, base: Machine, copy: Machine) -> None:
         if self.app["documents"]:
@@ -504,17 +527,22 @@ class Guest:
         " test touch tr true truncate uname uniq wc xargs"
     )
     STUBS = {
-        "hostname": 'if [ $# = 0 ]; then cat "$ROOT/proc/sys/kernel/hostname"\n'
-        'else printf "%s\\n" "$1" >"$ROOT/proc/sys/kernel/hostname"; fi',
+        "hostname": 'case $1 in -I) cat "$ROOT/run/address";; -* | "") cat "$ROOT/proc/sys/kernel/hostname";;\n'
+        '*) printf "%s\\n" "$1" >"$ROOT/proc/sys/kernel/hostname";; esac',
         "hostnamectl": 'case $1 in set-hostname|hostname) printf "%s\\n" "$2" |\n'
         'tee "$ROOT/proc/sys/kernel/hostname" >"$ROOT/etc/hostname";; esac',
-        "systemctl": "list=$ROOT/etc/systemd/enabled\nfor unit; do :; done\n"
+        "systemctl": "list=$ROOT/etc/systemd/enabled\nstopped=$ROOT/run/ssh.stopped\nfor unit; do :; done\n"
+        "case $1-$unit in stop-ssh*) : >$stopped;; start-ssh* | restart-ssh*) rm -f $stopped;;\n"
+        "status-ssh*) echo '* ssh.service - OpenBSD Secure Shell server'\n"
+        "if [ -e $stopped ]; then echo '     Active: inactive (dead)'; exit 3; fi\n"
+        "echo '     Active: active (running)';; esac\n"
         "case $1 in is-active) echo active;; is-enabled) grep -qx \"$unit\" $list && echo enabled;;\n"
         'enable) case $unit in serial-getty@*) ;; *) [ -e "$ROOT/etc/systemd/system/$unit" ] || exit 1;; esac\n'
         'grep -qx "$unit" $list || echo "$unit" >>$list;;\npoweroff) : >"$ROOT/power-off";; esac',
         "useradd": 'for user; do :; done\nmkdir -p "$ROOT/home/$user"\n'
         'echo "$user:*:$(/usr/bin/id -u):1000::$ROOT/home/$user:/bin/bash" >>"$ROOT/etc/passwd"',
-        "sudo": 'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
+        "sudo": 'case $1 in -*) ;; *) USER=root exec "$@";; esac\n'
+        'for user; do :; done\ncat "$ROOT"/etc/sudoers.d/* | sed -n "s/^$user ALL=//p"',
         "getent": 'grep "^$2" "$ROOT/etc/$1"',
         # A real sshd reads the guest's configuration, and is redirected into the guest. It reports a missing key.
         "sshd": 'for real in /usr/sbin/sshd /usr/bin/sshd /usr/local/sbin/sshd; do [ -x $real ] && break; done\n'
@@ -522,8 +550,9 @@ class Guest:
         'echo "authenticationmethods any"; echo "pubkeyacceptedalgorithms ssh-ed25519"; exit; }\n'
         'found=$($real "$@" -f "$ROOT/etc/ssh/sshd_config") || exit\n'
         'printf "%s\\n" "$found" | sed "s,\\([a-z] \\| \\)/\\(etc\\|var\\)/,\\1$ROOT/\\2/,g"',
-        "ip": 'echo "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536"; echo "2: enp0s1: <BROADCAST,UP,LOWER_UP> mtu 1500"',
-        "whoami": 'case $PWD in "$ROOT"/home*) echo you;; *) echo root;; esac',
+        "ip": 'echo "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536"; echo "2: enp0s1: <BROADCAST,UP,LOWER_UP> mtu 1500"\n'
+        'if [ -f "$ROOT/run/address" ]; then sed "s|.*|    inet &/24 scope global enp0s1|" "$ROOT/run/address"; fi',
+        "whoami": 'echo "${USER:-root}"',
         # A clock that is some seconds off this host's.
         "date": 'clock=$ROOT/run/clock\n'
         'case $1 in -s) echo $((${2#@} - $(command -p date +%s))) >"$clock";;\n'
@@ -532,7 +561,8 @@ class Guest:
         "cloud-init": "echo status: done",
         "poweroff": ': >"$ROOT/power-off"',
         "shutdown": ': >"$ROOT/power-off"',
-        "id": 'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
+        "id": 'case $USER in ""|root) ;; *) exec /usr/bin/id "$@";; esac\n'
+        'case $1$2 in -u) echo 0;; -u?*) awk -F : -v user="$2" \'$1 == user { print $3; found = 1 }\n'
         'END { exit !found }\' "$ROOT/etc/passwd";;\n'
         '-Gn?*) sed -n "s/:.*[:,]$2$//p" "$ROOT/etc/group";; *) echo "uid=0(root) gid=0(root) groups=0(root)";; esac',
         "chown": "",
@@ -585,6 +615,26 @@ class Guest:
                 break
         self.give_away(new)
         os.rename(new, self.root)
+
+    def boot(self, address: str) -> None:
+        """What systemd and the services of a Linux do at boot, in the demo and the sandbox."""
+        import subprocess
+
+        key = os.path.join(self.root, "etc/ssh/ssh_host_ed25519_key")
+        if not os.path.exists(key):
+            for public in filter(os.path.exists, [key + ".pub"]):
+                os.unlink(public)
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "root@guest", "-f", key]
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+        files = {"run/address": address + "\n"}
+        if not os.path.getsize(os.path.join(self.root, "etc/machine-id")):
+            files["etc/machine-id"] = os.urandom(16).hex() + "\n"
+        for name, text in files.items():
+            with open(os.path.join(self.root, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        for stopped in filter(os.path.exists, [os.path.join(self.root, "run/ssh.stopped")]):
+            os.unlink(stopped)
+        self.give_away(self.root)
 
     @staticmethod
     def _cloud_init_result(utm: FakeUTM, uuid: str) -> str:
@@ -748,14 +798,6 @@ class Tool:
             raise Refused(-2700, "Operation not supported by the backend.")
         self.utm.agent(vm)
         return Guest(self.utm, vm["uuid"])
-
-    def power_off_if_asked(self, uuid: str) -> None:
-        """Powers the guest off if a command in it has asked for that."""
-        mark = self.utm.path("guests", uuid, "power-off")
-        vm = self.utm.find(uuid)
-        if vm and os.path.exists(mark):
-            os.unlink(mark)
-            self.utm.power_off(vm)
 
     @staticmethod
     def kill_parent() -> None:
@@ -1068,7 +1110,7 @@ class Utmctl(Tool):
             for stream, lines in ((out, self.out), (err, self.err)):
                 stream.seek(0)
                 lines.append(stream.read(self.utm.app["exec_limit"]))
-        self.power_off_if_asked(vm["uuid"])
+        self.utm.power_off_if_asked(vm["uuid"])
 
     def read_stdin(self, into: Any) -> Iterator[float]:
         """Reads stdin to its end, with the state closed meanwhile: the writer may be slow."""
@@ -1684,44 +1726,83 @@ class Osascript(Tool):
             if data:
                 found[f"{name} data"] = base64.b64encode(data).decode()
                 found[f"{name} text"] = data.decode("utf-8", "replace")
-        self.power_off_if_asked(process.uuid)
+        self.utm.power_off_if_asked(process.uuid)
         return found
 
 
-def imitate_ssh(utm: FakeUTM, argv: Sequence[str]) -> None:
-    """For the demo, where there may be no sshd: becomes a shell in the guest's folder, with the guest's programs."""
-    if argv[:1] == ["-G"]:
-        raise Exit(0, "")       # it has no configuration that could win over the options of its command line
-    name = next((word.partition("=")[2] for word in argv if word.startswith("HostKeyAlias=")), None)
-    if name is None:
-        raise Exit(255, "This ssh is an imitation that only kodemachine can use. For cp and names it takes a real one.")
-    command = " ".join(argv[argv.index("--") + 2 :])
-    with utm:
-        vm = utm.find(name)
-        assert vm, name
-        guest = Guest(utm, vm["uuid"])
-        label = open(guest.file("/etc/hostname")).read().strip()  # noqa: SIM115 (the exec closes it)
-    os.chdir(guest.file("/home"))
-    env = {"PATH": guest.root + "/bin", "HOME": os.getcwd(), "PS1": f"you@{label}:~$ ", "TERM": "dumb", "ENV": ""}
-    os.execve("/bin/sh", ["sh", "-c", guest.inside(command)] if command else ["sh", "-i"], env)
+class Session:
+    """A person's shell in a guest, in the demo and the sandbox; or the one command that they have sent.
+
+    Its programs are the guest's and those of the folder `tools`. They run on this computer, and like all that runs in a
+    guest they are nobody's if the caller is root.
+    """
+
+    PASSWORD = "sandbox"
+    SFTP = ("/usr/lib/openssh", "/usr/libexec", "/usr/libexec/openssh", "/usr/lib/ssh", "/usr/lib/misc")
+
+    def __init__(self, utm: FakeUTM, uuid: str) -> None:
+        with utm:
+            self.guest = Guest(utm, uuid)
+        with open(self.guest.file("/etc/hostname"), encoding="utf-8") as file:
+            self.label = file.read().strip()
+        self.tools = utm.path("tools")
+
+    def log_in(self) -> None:
+        """Asks for a name and a password, as getty does."""
+        import getpass
+
+        while True:
+            name = input(f"\n{self.label} login: ")
+            if name and (name, getpass.getpass("Password: ")) == ("root", self.PASSWORD):
+                return
+            print("\nLogin incorrect" if name else "", flush=True)
+
+    def become_shell(self, name: str, command: str) -> None:
+        """Becomes the shell of the user `name`; runs `command` in it unless that is empty."""
+        home = self.guest.file("/root" if name == "root" else "/home/" + name)
+        os.makedirs(home, exist_ok=True)
+        env = {
+            "HOME": home, "USER": name, "LOGNAME": name, "PATH": f"{self.guest.root}/bin:{self.tools}",
+            "SHELL": "/bin/sh", "LANG": "C.UTF-8", "TERM": os.environ.get("TERM", "dumb"),
+            "PS1": f"{self.label}:~{'$' if 'SSH_CONNECTION' in os.environ else '#'} ",
+            "BASH_SILENCE_DEPRECATION_WARNING": "1",
+        }
+        words = ["/bin/sh"]
+        if os.path.exists("/bin/bash"):
+            env.update(SHELL="/bin/bash", PS1=env["PS1"].replace("~", "\\w"))
+            words = ["/bin/bash", "--noprofile", "--norc"]
+        if command == "internal-sftp":
+            words = next([path] for path in (f"{folder}/sftp-server" for folder in self.SFTP) if os.path.exists(path))
+        elif command:
+            words = [words[0], "-c", self.guest.inside(command)]
+        owner = self.guest.stranger(home)
+        if owner:
+            os.setgroups(owner["extra_groups"])
+            os.setgid(owner["group"])
+            os.setuid(owner["user"])
+        os.chdir(home)
+        os.execve(words[0], words, env)
+
+
+def open_session(utm: FakeUTM, uuid: str, *console: str) -> None:
+    """Becomes the forced command of a guest's sshd, or what is at its serial console."""
+    session = Session(utm, uuid)
+    if console:
+        session.log_in()
+    name = "root" if console else os.environ["USER"]
+    session.become_shell(name, os.environ.get("SSH_ORIGINAL_COMMAND", ""))
 
 
 def fake_main(tool: str, folder: str) -> int:
-    """The fake program `tool`: Utmctl or Osascript, or the real ssh or scp with the test's configuration."""
+    """The fake program `tool`: Utmctl or Osascript, the real ssh or scp with the test's configuration, or a Session."""
     utm, argv = FakeUTM(folder), sys.argv[1:]
-    if tool == "scp" and not os.path.exists(utm.path("scp.real")):
-        sys.exit("This ssh is an imitation, so cp does not work here. It takes a real ssh.")
+    if tool == "session":
+        open_session(utm, *argv)
     program = Osascript(utm, argv) if tool == "osascript" else Utmctl(utm, argv)
     null = os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev
     stdin = "null" if null else "tty" if os.isatty(0) else "other"
     utm.journal(time=time.time(), tool=tool, argv=argv, verb=program.verb, stdin=stdin)
     if tool in ("ssh", "scp"):
-        if not os.path.exists(utm.path(tool + ".real")):
-            try:
-                imitate_ssh(utm, argv)
-            except Exit as end:
-                print(end.words, file=sys.stderr)
-                return end.status
         with open(utm.path(tool + ".real"), encoding="utf-8") as file:
             real = file.read()
         os.execv(real, [real, "-F", utm.path("ssh_config"), *argv])
@@ -1812,6 +1893,7 @@ class Utm:
             "exec_limit": 16 << 20,  # bytes
             "documents": None,  # a folder: machines are packages in it, too
             "addresses": [f"127.0.0.{n}" for n in range(2, 10)],  # for machines without `ips`, one each
+            "consoles": {},  # by address, the device of the serial console; with these, guests boot: Guest.boot
             "host_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "Fake" * 10 + "Fak root@guest",
         }
         with open(self.fake.path("state"), "wb") as file:
@@ -1983,6 +2065,12 @@ class Utm:
 class Sshd:
     """A real sshd on some of 127.0.0.2, 127.0.0.3 ..., with throw-away keys for the host and for the user."""
 
+    OPTIONS = {
+        "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no", "PermitRootLogin": "yes",
+        "PermitUserRC": "no", "MaxStartups": 100, "PrintMotd": "no", "PrintLastLog": "no",
+        "Subsystem": "sftp internal-sftp",
+    }
+
     @staticmethod
     def program() -> str | None:
         return shutil.which("sshd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/libexec"]))
@@ -1997,12 +2085,18 @@ class Sshd:
     @staticmethod
     def why_not_bind(host: str) -> str:
         """The reason why nothing can listen at an address, if there is one."""
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             try:
                 probe.bind((host, 0))
             except OSError:
                 return f"this machine has no address {host}"
         return ""
+
+    @staticmethod
+    def make_run_folder() -> None:
+        """Debian's sshd, as root, refuses to start without this folder, which an init system makes."""
+        if os.geteuid() == 0 and sys.platform == "linux":
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)
 
     def __init__(self, folder: str, hosts: Sequence[str]) -> None:
         os.makedirs(folder)
@@ -2033,20 +2127,12 @@ class Sshd:
     def start(self, sftp: bool = True) -> None:
         program = self.program()
         assert program
-        if os.geteuid() == 0 and sys.platform == "linux":
-            os.makedirs("/run/sshd", 0o755, exist_ok=True)  # Debian's sshd, as root, refuses to start without
+        self.make_run_folder()
         options = {
+            **self.OPTIONS,
             "Port": self.port,
             "HostKey": f'"{self.path("host")}"',
             "AuthorizedKeysFile": f'"{self.path("user.pub")}"',
-            "PidFile": "none",
-            "StrictModes": "no",
-            "UsePAM": "no",
-            "PasswordAuthentication": "no",
-            "PermitRootLogin": "yes",
-            "MaxStartups": 100,
-            "LogLevel": "VERBOSE",
-            "PrintMotd": "no",
         }
         if sftp:
             options["Subsystem"] = "sftp internal-sftp"
@@ -11348,122 +11434,356 @@ def matrix(jobs: int, only: str) -> int:
 # ---- the demo and the sandbox
 
 
-class Stage:
-    """An environment for demonstrations: a temporary HOME, the fake UTM, and guests that greet on the network.
+class Network:
+    """The ssh ports and serial consoles of the guests: a machine has those of its address while it runs.
 
-    kodemachine and the processes in the guests' folders are real. UTM, ssh and the guests' network and serial console
-    are imitations.
+    A connection gets an `sshd -i` with the machine's host key. The other end of a console is a program on a terminal of
+    its own, which starts with the first key.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, utm: Utm, hosts: Sequence[str], session: str, public_key: str) -> None:
+        """`session`: the program that becomes a shell in the machine whose UUID is its argument."""
+        self.utm, self.session = utm, session
+        self.listeners: dict[str, socket.socket] = {}
+        self.machines: dict[str, str] = {}      # UUIDs by address: they run, and their agent answers
+        self.sessions: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.is_open = True
+        self.options = write_text(utm.fake.path("sshd_config"), "".join(
+            f"{key} {value}\n" for key, value in {**Sshd.OPTIONS, "AuthorizedKeysFile": f'"{public_key}"'}.items()))
+        Sshd.make_run_folder()
+        with self._listen(hosts[0], 0) as probe:
+            self.port = int(probe.getsockname()[1])
+        utm.option(consoles={host: self._console(host) for host in hosts})
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def _listen(host: str, port: int) -> socket.socket:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+    def _serve(self) -> None:
+        while self.is_open:
+            # The state is missing while a test replaces it.
+            with contextlib.suppress(OSError):
+                self._follow()
+            for listener in select.select(list(self.listeners.values()), [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    self._accept(listener)
+
+    def _follow(self) -> None:
+        """Makes the ports and the sessions fit the machines. It reads the state without the lock, and changes nothing."""
+        with open(self.utm.fake.path("state"), "rb") as file:
+            vms = marshal.load(file)["vms"]
+        up = [vm for vm in vms if vm["status"] == "started" and vm["up_at"] + vm["agent_after"] <= time.time()]
+        self.machines = {vm["ips"][0]: vm["uuid"] for vm in up}
+        ports = {host for host, uuid in self.machines.items() if not self._has("run/ssh.stopped", uuid)}
+        for host in set(self.listeners) - ports:
+            self.listeners.pop(host).close()
+        for host in ports - set(self.listeners):
+            self.listeners[host] = self._listen(host, self.port)
+        for uuid, process in list(self.sessions):
+            if process.poll() is not None:
+                self.sessions.remove((uuid, process))
+            elif uuid not in self.machines.values():
+                os.killpg(process.pid, signal.SIGTERM)
+        for uuid in self.machines.values():
+            if self._has("power-off", uuid):
+                with FakeUTM(self.utm.folder) as utm:
+                    utm.power_off_if_asked(uuid)
+
+    def _has(self, name: str, uuid: str) -> bool:
+        return os.path.exists(self.utm.fake.path("guests", uuid, name))
+
+    def _accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        uuid = self.machines[listener.getsockname()[0]]
+        root = self.utm.fake.path("guests", uuid)
+        program = Sshd.program()
+        assert program
+        # With this HOME the person's login shell, which starts the session, does not read their own files.
+        command = [program, "-i", "-f", self.options, "-h", root + "/etc/ssh/ssh_host_ed25519_key",
+                   "-o", f"SetEnv=HOME={root}/root", "-o", f"ForceCommand={self.session} {uuid}"]
+        with connection:
+            process = subprocess.Popen(command, stdin=connection, stdout=connection, stderr=subprocess.DEVNULL,
+                                       start_new_session=True)
+        self.sessions.append((uuid, process))
+
+    def _console(self, host: str) -> str:
+        """Makes the serial console of an address; returns its device."""
+        master, slave = os.openpty()
+        tty.setraw(slave)  # and kept open: a pty without a slave is hung up
+        threading.Thread(target=self._wait_for_key, args=[host, master], daemon=True).start()
+        return os.ttyname(slave)
+
+    def _wait_for_key(self, host: str, master: int) -> None:
+        while os.read(master, 4096):
+            while self.is_open and host in self.machines:
+                self._log_in(self.machines[host], master)
+
+    def _log_in(self, uuid: str, master: int) -> None:
+        """A login on a console, until it ends."""
+        terminal = Terminal([self.session, uuid, "console"], dict(os.environ), "/")
+        self.sessions.append((uuid, terminal.process))
+        other = {master: terminal.master, terminal.master: master}
+        while True:
+            has_ended = terminal.process.poll() is not None
+            ready = select.select(list(other), [], [], 0 if has_ended else 0.1)[0]
+            for end in ready:
+                os.write(other[end], os.read(end, 4096))
+            if has_ended and terminal.master not in ready:
+                break
+        terminal.close()
+
+    def close(self) -> None:
+        """Ends all sessions."""
+        self.is_open = False
+        self.thread.join()
+        for listener in self.listeners.values():
+            listener.close()
+        for _, process in self.sessions:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Stage:
+    """A world for demonstrations: a home with an ssh key, a fake UTM with one image, and guests with an ssh server.
+
+    kodemachine, ssh, sshd, and the commands in the guests are real. UTM and the guests' services are imitations.
+    """
+
+    # Programs for people in a guest, beside the guest's own. None of them changes the system.
+    PROGRAMS = (
+        "bash clear curl df diff du free git git-receive-pack git-upload-pack gzip less nano ps rsync scp stty tar top tput"
+        " tty uptime vi vim which"
+    )
+
+    def __init__(self, folder: str, pace: float = 1.0) -> None:
+        """`pace`: how slow UTM and the guests are; 0: they take no time."""
         os.chmod(folder, 0o711)  # the guests' processes may be nobody's
         self.home, programs = os.path.join(folder, "home"), os.path.join(folder, "bin")
-        for path in (self.home, programs):
-            os.mkdir(path)
+        os.mkdir(self.home, 0o700)
+        os.mkdir(programs)
         self.utm = Utm(os.path.join(folder, "utm"))
-        self.utm.install(programs, *TOOLS)
-        with open(os.path.join(programs, "kodemachine"), "w", encoding="utf-8") as file:
-            program = f"import sys; sys.path.insert(0, {HERE!r}); import kodemachine; sys.exit(kodemachine.main())"
-            file.write(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", "-c", program])} "$@"\n')
-        os.chmod(file.name, 0o755)
-        hosts = [host for host in self.utm.app()["addresses"] if not Sshd.why_not_bind(host)] or ["127.0.0.1"]
+        self.utm.install(programs, *TOOLS, "session")
+        self._link_programs(self.utm.fake.path("tools"))
+        self.key = self._make_key()
+        hosts = [host for host in (*(f"127.0.0.{n}" for n in range(2, 22)), "127.0.0.1", "::1")
+                 if not Sshd.why_not_bind(host)]
+        self.hosts = hosts[:20]
         documents = os.path.join(self.home, "Documents of UTM")
-        self.utm.option(documents=documents, addresses=hosts, clone_seconds=0.7, launch_seconds=1.0,
-                        host_key="ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{:F<43} root@guest")       # each has its own
-        console = {"kind": "ptty", "path": self._console()}
-        seconds = {"start_seconds": 0.8, "agent_after": 1.2, "request_seconds": 1.0}
-        self.utm.add("kodeimage-v0.2.0", disk=3 << 20, serials=[console], **seconds)
-        config = {"ssh_port": self._greeter(hosts), "documents": documents}
+        self.utm.option(documents=documents, addresses=self.hosts, clone_seconds=0.7 * pace, launch_seconds=pace)
+        seconds = {"start_seconds": 0.8 * pace, "agent_after": 1.2 * pace, "request_seconds": pace}
+        self.utm.add(IMAGE, disk=24 << 20, serials=[{"kind": "ptty"}], **seconds)
+        self.network = Network(self.utm, self.hosts, os.path.join(programs, "session"), self.key + ".pub")
+        config = {"ssh_port": self.network.port, "documents": documents}
         write_text(os.path.join(self.home, ".config", "kodemachine", "config.json"), json.dumps(config))
+        start = f"import sys; sys.path.insert(0, {HERE!r}); import kodemachine; sys.exit(kodemachine.main())"
+        self.program("kodemachine", f'exec {shlex.join([sys.executable, "-IS", "-c", start])} "$@"')
+        # Of these, the person's own would lead kodemachine or the shell to their own files and keys.
+        own = ("XDG_", "KODEMACHINE_", "SSH_", "ZDOTDIR", "HISTFILE", "ENV", "BASH_ENV")
         self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "KODEMACHINE_"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(own)},
             "HOME": self.home,
             "PATH": programs + os.pathsep + os.environ.get("PATH", "/usr/bin:/bin"),
         }
 
-    def _greeter(self, hosts: Sequence[str]) -> int:
-        """A server that greets like sshd on every host, and does nothing else; returns its port."""
-        first = socket.create_server((hosts[0], 0))
-        port = int(first.getsockname()[1])
-        servers = [first, *(socket.create_server((host, port)) for host in hosts[1:])]
+    @staticmethod
+    def why_not() -> str:
+        """The reason why there can be no stage here, if there is one."""
+        return Sshd.why_not([]) or ("" if shutil.which("ssh") else "no ssh here")
 
-        def greet(server: socket.socket) -> None:
-            while True:
-                with contextlib.suppress(OSError), server.accept()[0] as connection:
-                    connection.sendall(b"SSH-2.0-demo\r\n")
+    def program(self, name: str, text: str) -> None:
+        """Puts a shell script on PATH."""
+        write_text(os.path.join(os.path.dirname(self.home), "bin", name), f"#!/bin/sh\n{text}\n", 0o755)
 
-        for server in servers:
-            threading.Thread(target=greet, args=[server], daemon=True).start()
-        return port
+    def _link_programs(self, folder: str) -> None:
+        os.mkdir(folder)
+        for name in self.PROGRAMS.split():
+            found = shutil.which(name)
+            if found:
+                os.symlink(found, os.path.join(folder, name))
 
-    def _console(self) -> str:
-        """A serial console at which nobody can log in; returns its device."""
-        master, slave = os.openpty()
-        tty.setraw(slave)  # and kept open: a pty without a slave is hung up
+    def _make_key(self) -> str:
+        """An ssh key, and what every ssh of this stage is configured with. ssh looks for both in the person's own home."""
+        folder = os.path.join(self.home, ".ssh")
+        os.mkdir(folder, 0o700)
+        key = os.path.join(folder, "id_ed25519")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "sandbox", "-f", key],
+                       stdin=subprocess.DEVNULL, check=True)
+        write_text(self.utm.fake.path("ssh_config"), f'Include "{folder}/config"\nHost *\nIdentityFile "{key}"\n'
+                   f'IdentitiesOnly yes\nUserKnownHostsFile "{folder}/known_hosts"\n')
+        for tool in ("ssh", "scp"):
+            write_text(self.utm.fake.path(tool + ".real"), shutil.which(tool) or "/usr/bin/false")
+        return key
 
-        def talk() -> None:
-            while True:
-                typed = os.read(master, 4096).replace(b"\r", b"\r\n")
-                os.write(master, typed + b"\r\nguest login: " * typed.count(b"\n"))
-
-        threading.Thread(target=talk, daemon=True).start()
-        return os.ttyname(slave)
-
-    def run(self, command: str) -> int:
-        """Shows a command line, then runs it as a person would."""
-        print(f"\n\033[1m$ {command}\033[0m" if sys.stdout.isatty() else f"\n$ {command}", flush=True)
-        stderr = None if sys.stderr.isatty() else subprocess.STDOUT  # to keep the order where both go to one file
-        return subprocess.run(["sh", "-c", command], env=self.environment, cwd=self.home, stderr=stderr).returncode
+    def close(self) -> None:
+        self.network.close()
 
 
-def demo() -> int:
-    """A tour of kodemachine in a world without UTM; its exit status is 0 if everything went as it should."""
+class Player(Terminal):
+    """A terminal whose output is shown on stdout, with a person who types."""
+
+    # A prompt, with the exit status unless it is 0: of the shell, or of one in a machine.
+    PROMPT = rb"(?:^|[\r\n])(?:\x1b\[\?2004h)?(\d*)(?:[\w-]+:~)?\$ "
+
+    def _take(self, seconds: float) -> bool:
+        start = len(self.seen)
+        has_read = super()._take(seconds)
+        sys.stdout.buffer.write(self.seen[start:])
+        sys.stdout.flush()
+        return has_read
+
+    def type(self, line: str, seconds: float) -> None:
+        """Types a line, with so many seconds between the keys."""
+        for key in line + "\r":
+            self.send(key.encode())
+            self._take(seconds)
+            time.sleep(seconds)
+
+
+DEMO = """\
+kodemachine project-alpha
+echo 'it works' > notes.txt
+exit
+kodemachine project-alpha -- cat notes.txt
+kodemachine cp project-alpha:notes.txt .
+kodemachine start -d web
+kodemachine list --size
+kodemachine stop web
+kodemachine purge -y
+kodemachine list
+"""
+
+
+def demo(pace: float) -> int:
+    """A session of kodemachine in a world without UTM; its exit status is 0 if all commands succeed. `pace`: see Stage."""
+    if Stage.why_not():
+        sys.exit(f"The demo needs an ssh server: {Stage.why_not()}.")
+    print("A session of the real kodemachine, with a fake UTM. Commands in its machines run on this computer.",
+          file=sys.stderr)
+    statuses = b""
     with tempfile.TemporaryDirectory(prefix="kodemachine-demo-") as folder:
-        stage = Stage(os.path.realpath(folder))
-        print("A tour of the real kodemachine. UTM, its machines and ssh are imitated, in " + folder)
-        statuses = [
-            stage.run("kodemachine project-alpha -- hostname"),
-            stage.run("kodemachine project-alpha -- 'echo reconnected to $(hostname)'"),
-            stage.run("kodemachine list"),
-        ]
-        print("\n# Apple Events time out. Here UTM reports an error for the clone (-1712), and finishes it later:")
-        stage.utm.fault("clone", error=-1712, when="after", delay=2, report_after=0.5, times=1)
-        statuses += [
-            stage.run("kodemachine -v start -d project-beta"),
-            stage.run("kodemachine list --size"),
-            stage.run("printf 'root\\n' | kodemachine attach project-beta --timeout 1"),
-            stage.run("kodemachine stop project-alpha"),
-            stage.run("kodemachine purge -y"),
-            stage.run("kodemachine list"),
-        ]
-    print("\nThat was it. To try it yourself: make sandbox")
-    return 1 if any(statuses) else 0
+        stage = Stage(os.path.realpath(folder), pace)
+        env = {**stage.environment, "PS1": "${?#0}$ ", "TERM": "xterm"}
+        shell = Player(["/bin/sh", "-c", "stty rows 24 cols 80; exec /bin/sh -i"], env, stage.home)
+        for line in DEMO.splitlines():
+            statuses += shell.expect(Player.PROMPT)[1]
+            time.sleep(0.8 * pace)
+            shell.type(line, 0.04 * pace)
+        statuses += shell.expect(Player.PROMPT)[1]
+        shell.close()
+        stage.close()
+    print()
+    return 1 if statuses else 0
+
+
+def end_descendants() -> None:
+    """Kills the processes that descend from this one, as long as there are any."""
+    for _ in range(100):
+        with subprocess.Popen(["ps", "-A", "-o", "pid=", "-o", "ppid="], stdout=subprocess.PIPE) as ps:
+            rows = [tuple(map(int, line.split())) for line in ps.communicate()[0].splitlines()]
+        family = [os.getpid()]
+        for member in family:
+            family += [pid for pid, parent in rows if parent == member and pid != ps.pid]
+        if len(family) == 1:
+            return
+        for pid in family[1:]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.02)
+
+
+# Of the program `sandbox`, in the sandbox.
+SANDBOX = """\
+case $#-$1 in
+2-break)
+  kodemachine exec "$2" -- systemctl stop ssh || exit
+  echo "The ssh server of $2 has stopped, so this fails: kodemachine $2
+Two ways into the machine are left. To look, and to repair it:
+  kodemachine exec $2 -- systemctl status ssh
+  kodemachine attach $2          # log in as root, then: systemctl start ssh";;
+2-fix) kodemachine exec "$2" -- systemctl start ssh;;
+*) echo "usage: sandbox break LABEL | sandbox fix LABEL" >&2; exit 2;;
+esac"""
+
+BANNER = """\
+kodemachine works in this shell, on a fake UTM. Its machines are imitations:
+COMMANDS IN THEM RUN ON THIS COMPUTER, as {user}, and see its files.
+The home and the ssh key of this shell are new. With the shell they are removed, and its processes end.
+
+  kodemachine project-alpha                   a new machine, and a shell in it
+  kodemachine exec project-alpha -- ip addr   a command as its root, without ssh
+  kodemachine attach project-alpha            its console: the name is root, the password {password}
+  sandbox break project-alpha                 stop its ssh server, to try the rescue
+  kodemachine base create v0.3.0              a new image, from a small file in place of Ubuntu's
+  exit                                        leave
+"""
+
+
+class Sandbox(Stage):
+    """A stage for a newcomer, with what `base create` and `sandbox break` need."""
+
+    # Its prompt and completion are set after the system's start files; and zsh asks a new user no questions.
+    START_FILES = {
+        ".bashrc": "PS1='sandbox$ '\neval \"$(kodemachine completion bash)\"\n",
+        ".zshrc": "PS1='sandbox$ '\neval \"$(kodemachine completion zsh)\"\n",
+        ".config/fish/config.fish": "set fish_greeting; function fish_prompt; echo 'sandbox$ '; end\n"
+                                    "kodemachine completion fish | source\n",
+    }
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.environment["PS1"] = "sandbox$ "
+        self.program("sandbox", SANDBOX)
+        for name, text in self.START_FILES.items():
+            write_text(os.path.join(self.home, name), text)
+        # If this folder is missing, fish fills it in the background, even during the cleanup.
+        os.makedirs(os.path.join(self.home, ".local", "share", "fish", "generated_completions"))
+        data = empty_qcow2(2 << 30) + os.urandom(300000)
+        names = [os.path.basename(url) for url in kodemachine.UBUNTU_IMAGES.values()]
+        sums = "".join(f"{hashlib.sha256(data).hexdigest()} *{name}\n" for name in names)
+        self.mirror = Mirror({"/SHA256SUMS": sums.encode(), **{"/" + name: data for name in names}})
+        site = kodemachine.UBUNTU.rpartition("/")[0]
+        self.program("curl", f'for word; do shift\ncase $word in {site}/*) word={self.mirror.url}/${{word##*/}}\n'
+                     f'no_proxy=127.0.0.1; export no_proxy;; esac\nset -- "$@" "$word"; done\n'
+                     f'exec {shlex.quote(shutil.which("curl") or "curl: not found")} "$@"')
+        if not shutil.which("hdiutil"):
+            self.program("hdiutil", 'for target; do [ "$last" = -o ] && echo seed >"$target"; last=$target; done')
+
+    def banner(self) -> str:
+        user = "nobody" if os.geteuid() == 0 else "you"
+        text = BANNER.format(user=user, password=Session.PASSWORD)
+        if len(self.hosts) < 4:
+            text += (f"\nThis computer has addresses for {len(self.hosts)} machines at a time. For more, first run: "
+                     "sudo ifconfig lo0 alias 127.0.0.2\n")
+        return text
 
 
 def sandbox() -> int:
     """A shell in which kodemachine works, on a fake UTM that ends with it."""
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))      # the window was closed: tidy up
-    folder = tempfile.mkdtemp(prefix="kodemachine-sandbox-")
+    if Stage.why_not():
+        sys.exit(f"The sandbox needs an ssh server: {Stage.why_not()}.")
+    # The window is closed: tidy up. Ctrl-C is for the shell.
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    if sys.platform == "linux":
+        adopt_orphans = 36      # PR_SET_CHILD_SUBREAPER
+        ctypes.CDLL(None).prctl(adopt_orphans, 1, 0, 0, 0)
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="kodemachine-sandbox-"))
     try:
-        stage = Stage(os.path.realpath(folder))
-        # If this folder is missing, fish fills it in the background, even during the cleanup.
-        os.makedirs(os.path.join(stage.home, ".local", "share", "fish", "generated_completions"))
-        print("kodemachine works in this shell, on a fake UTM; but not cp and ssh by name, for ssh is imitated too.")
-        print("Try: kodemachine project-alpha. To leave: exit")
-        # Sets the prompt and completion after the system's start files; and zsh asks a new user no questions.
-        for start, prompt, completion in (
-            (".bashrc", "PS1='sandbox$ '", 'eval "$(kodemachine completion bash)"'),
-            (".zshrc", "PS1='sandbox$ '", 'eval "$(kodemachine completion zsh)"'),
-            (".config/fish/config.fish", "set fish_greeting; function fish_prompt; echo 'sandbox$ '; end",
-             "kodemachine completion fish | source"),
-        ):
-            path = os.path.join(stage.home, start)
-            write_text(path, f"{prompt}\n{completion}\n")
-        shell = os.environ.get("SHELL", "/bin/sh")
-        subprocess.run([shell], env={**stage.environment, "PS1": "sandbox$ "}, cwd=stage.home)
+        stage = Sandbox(folder)
+        print(stage.banner())
+        subprocess.run([os.environ.get("SHELL", "/bin/sh")], env=stage.environment, cwd=stage.home)
         return 0
     finally:
-        shutil.rmtree(folder, ignore_errors=True)       # a shell's children may still be writing there
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        end_descendants()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- install.sh and make
@@ -11787,9 +12107,8 @@ class ReadmeTest(unittest.TestCase):
     def stage(self) -> Stage:
         folder = tempfile.mkdtemp(prefix="kodemachine-test-")
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        stage = Stage(os.path.realpath(folder))
-        stage.utm.option(clone_seconds=0.0, launch_seconds=0.0)
-        stage.utm.change("kodeimage-v0.2.0", start_seconds=0.0, agent_after=0.0, request_seconds=0.0)
+        stage = Stage(os.path.realpath(folder), pace=0)
+        self.addCleanup(stage.close)
         return stage
 
     def run_in(self, stage: Stage, command: str) -> subprocess.CompletedProcess[str]:
@@ -12182,10 +12501,13 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="name each test")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--matrix", nargs="?", const="", metavar="CASE", help="every fault at every call, or some")
-    parser.add_argument("--demo", action="store_true", help="a tour of kodemachine, instead of tests")
+    parser.add_argument("--demo", nargs="?", const=1.0, type=float, metavar="PACE",
+                        help="a session of kodemachine, instead of tests; with 0 as fast as possible")
     parser.add_argument("--sandbox", action="store_true", help="a shell to try kodemachine in, instead of tests")
     options = parser.parse_args()
-    for chosen, run in ((options.worker, work), (options.demo, demo), (options.sandbox, sandbox)):
+    if options.demo is not None:
+        return demo(options.demo)
+    for chosen, run in ((options.worker, work), (options.sandbox, sandbox)):
         if chosen:
             return run()
     settle_down()
