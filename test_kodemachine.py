@@ -799,6 +799,12 @@ class Tool:
         self.utm.agent(vm)
         return Guest(self.utm, vm["uuid"])
 
+    def output(self, uuid: str, stream: Any) -> bytes:
+        """The output of a command in a guest, which does not know that its `/` is a folder of this host."""
+        stream.seek(0)
+        octets: bytes = stream.read(self.utm.app["exec_limit"])
+        return octets.replace(os.fsencode(self.utm.path("guests", uuid)), b"")
+
     @staticmethod
     def kill_parent() -> None:
         """Kills the caller with SIGKILL; this process continues."""
@@ -1108,8 +1114,7 @@ class Utmctl(Tool):
                 yield 0.005
             self.status = max(0, process.returncode)
             for stream, lines in ((out, self.out), (err, self.err)):
-                stream.seek(0)
-                lines.append(stream.read(self.utm.app["exec_limit"]))
+                lines.append(self.output(vm["uuid"], stream))
         self.utm.power_off_if_asked(vm["uuid"])
 
     def read_stdin(self, into: Any) -> Iterator[float]:
@@ -1721,8 +1726,7 @@ class Osascript(Tool):
         process.child = None
         found: dict[str, Any] = {"exited": True, "exit code": max(0, code), "signal code": max(0, -code)}
         for name, stream in process.streams.items():
-            stream.seek(0)
-            data = stream.read(self.utm.app["exec_limit"])
+            data = self.output(process.uuid, stream)
             if data:
                 found[f"{name} data"] = base64.b64encode(data).decode()
                 found[f"{name} text"] = data.decode("utf-8", "replace")
@@ -11471,10 +11475,11 @@ class Network:
                     self._accept(listener)
 
     def _follow(self) -> None:
-        """Makes the ports and the sessions fit the machines. It reads the state without the lock, and changes nothing."""
+        """Makes the ports and the sessions fit the machines. Reads the state without its lock, to disturb nobody."""
         with open(self.utm.fake.path("state"), "rb") as file:
-            vms = marshal.load(file)["vms"]
-        up = [vm for vm in vms if vm["status"] == "started" and vm["up_at"] + vm["agent_after"] <= time.time()]
+            state = marshal.load(file)
+        now = time.time()
+        up = [vm for vm in state["vms"] if vm["status"] == "started" and vm["up_at"] + vm["agent_after"] <= now]
         self.machines = {vm["ips"][0]: vm["uuid"] for vm in up}
         ports = {host for host, uuid in self.machines.items() if not self._has("run/ssh.stopped", uuid)}
         for host in set(self.listeners) - ports:
@@ -11486,9 +11491,10 @@ class Network:
                 self.sessions.remove((uuid, process))
             elif uuid not in self.machines.values():
                 os.killpg(process.pid, signal.SIGTERM)
-        for uuid in self.machines.values():
-            if self._has("power-off", uuid):
-                with FakeUTM(self.utm.folder) as utm:
+        leaving = [uuid for uuid in self.machines.values() if self._has("power-off", uuid)]
+        if leaving or any(due <= now for due, *_ in state["pending"]):
+            with FakeUTM(self.utm.folder) as utm:
+                for uuid in leaving:
                     utm.power_off_if_asked(uuid)
 
     def _has(self, name: str, uuid: str) -> bool:
@@ -11516,12 +11522,15 @@ class Network:
         return os.ttyname(slave)
 
     def _wait_for_key(self, host: str, master: int) -> None:
-        while os.read(master, 4096):
+        while True:
+            # Enter only shows the prompt.
+            keys = os.read(master, 4096).strip(b"\r\n")
             while self.is_open and host in self.machines:
-                self._log_in(self.machines[host], master)
+                self._log_in(self.machines[host], master, keys and keys + b"\r")
+                keys = b""
 
-    def _log_in(self, uuid: str, master: int) -> None:
-        """A login on a console, until it ends."""
+    def _log_in(self, uuid: str, master: int, keys: bytes) -> None:
+        """A login on a console, until it ends. `keys` have been typed already."""
         terminal = Terminal([self.session, uuid, "console"], dict(os.environ), "/")
         self.sessions.append((uuid, terminal.process))
         other = {master: terminal.master, terminal.master: master}
@@ -11530,6 +11539,9 @@ class Network:
             ready = select.select(list(other), [], [], 0 if has_ended else 0.1)[0]
             for end in ready:
                 os.write(other[end], os.read(end, 4096))
+                if end == terminal.master and keys:
+                    os.write(end, keys)
+                    keys = b""
             if has_ended and terminal.master not in ready:
                 break
         terminal.close()
@@ -11711,9 +11723,10 @@ Two ways into the machine are left. To look, and to repair it:
 esac"""
 
 BANNER = """\
-kodemachine works in this shell, on a fake UTM. Its machines are imitations:
+kodemachine works in this shell, with a fake UTM. Its machines are imitations:
 COMMANDS IN THEM RUN ON THIS COMPUTER, as {user}, and see its files.
-The home and the ssh key of this shell are new. With the shell they are removed, and its processes end.
+This shell has a home and an ssh key of its own. When it ends, they are removed,
+and everything that was started in it ends, too.
 
   kodemachine project-alpha                   a new machine, and a shell in it
   kodemachine exec project-alpha -- ip addr   a command as its root, without ssh
