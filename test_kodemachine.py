@@ -59,6 +59,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
+from xml.etree import ElementTree
 
 import kodemachine
 from kodemachine import UUID, KodeError, Power, Reply, parse_host_keys
@@ -11797,6 +11798,105 @@ def sandbox() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         end_descendants()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class DemoTest(unittest.TestCase):
+    """The demo and its recording."""
+
+    def test_demo_runs_its_commands_without_a_failure(self) -> None:
+        if Stage.why_not():
+            self.skipTest(Stage.why_not())
+        command = [sys.executable, os.path.abspath(__file__), "--demo", "0"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for words in (b"\r\nit works\r\n", b"web is ready", b"web deleted"):
+            self.assertIn(words, done.stdout)
+
+    def test_recording_shows_the_demo_and_needs_nothing_else(self) -> None:
+        path = os.path.join(HERE, ".github", "demo.svg")
+        text = read_text(path)
+        self.assertLess(len(text.encode()), 300000)
+        self.assertNotRegex(text, r"(?i)<script|\bon\w+=|href|url\(|@import|foreignObject")
+        self.assertIn("prefers-color-scheme:dark", text)
+        self.assertLessEqual(float(re.findall(r"animation:([\d.]+)s", text)[0]), 30)
+        rows = ["".join(row.itertext()) for row in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+        shown = "\n".join(rows)
+        for line in DEMO.splitlines():
+            self.assertIn(f"$ {line}\n", shown, "make record")
+
+
+class SandboxTest(unittest.TestCase):
+    """make sandbox, as a newcomer uses it."""
+
+    def setUp(self) -> None:
+        if Stage.why_not():
+            self.skipTest(Stage.why_not())
+        self.folder = os.path.realpath(tempfile.mkdtemp(prefix="kodemachine-test-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        os.chmod(self.folder, 0o711)
+        self.home = os.path.join(self.folder, "own home")
+        os.mkdir(self.home)
+        bash = shutil.which("bash") or "/bin/sh"
+        env = {"HOME": self.home, "PATH": os.environ["PATH"], "SHELL": bash, "TERM": "dumb", "TMPDIR": self.folder,
+               "XDG_STATE_HOME": self.home, "HISTFILE": os.path.join(self.home, "history")}
+        command = [sys.executable, "-B", os.path.abspath(__file__), "--sandbox"]
+        self.terminal = Terminal(command, env, self.home)
+        self.addCleanup(self.terminal.close)
+        self.terminal.expect(b"RUN ON THIS COMPUTER")
+        self.terminal.expect(rb"sandbox\$ ")
+
+    def type(self, line: str, *answers: str, prompt: str = r"sandbox\$ ") -> None:
+        """Types a line, and waits for answers and a prompt."""
+        self.terminal.send(line.encode() + b"\r")
+        for answer in (*answers, prompt):
+            self.terminal.expect(answer.encode())
+
+    def leave(self) -> None:
+        """Ends the sandbox, of which nothing may be left."""
+        self.terminal.send(b"exit\r")
+        self.assertEqual(self.terminal.wait(), 0, self.terminal.seen)
+        self.assertEqual((os.listdir(self.home), os.listdir(self.folder)), ([], ["own home"]))
+        ps = ["ps", "-A", "-ww", "-o", "command="]
+        listing = subprocess.run(ps, stdout=subprocess.PIPE, check=True).stdout.decode(errors="replace")
+        self.assertNotIn(self.folder, listing)
+
+    def test_newcomer_gets_a_shell_and_plausible_answers(self) -> None:
+        self.type("kodemachine project-alpha", prompt=r"project-alpha:~\$ ")
+        self.type("hostname; sudo whoami", r"\nproject-alpha\r\n", r"\nroot\r\n", prompt=r"project-alpha:~\$ ")
+        self.type("exit")
+        self.type("kodemachine exec project-alpha -- whoami", r"\nroot\r\n")
+        self.type("kodemachine exec project-alpha -- ip addr", r"inet (127\.0\.0\.\d+|::1)/")
+        self.type("kodemachine list --size", r"26M +2\.0M\r\n")
+        self.type("echo words > f; kodemachine cp f project-alpha:~/g; kodemachine project-alpha -- cat g", r"\nwords\r\n")
+        self.leave()
+
+    def test_machine_without_ssh_can_be_rescued_at_its_console(self) -> None:
+        self.type("kodemachine start -d a")
+        self.type("sandbox break a", "systemctl status ssh")
+        self.type("kodemachine ssh a", "Connection refused")
+        self.type("kodemachine exec a -- systemctl status ssh", r"inactive \(dead\)")
+        self.type("kodemachine attach a", prompt="leave with")
+        for keys, answer in (("", "a login: "), ("root", "Password: "), ("wrong", "Login incorrect"),
+                             ("root", "Password: "), ("sandbox", "a:~# ")):
+            self.type(keys, prompt=answer)
+        self.type("systemctl start ssh; hostname", r"\na\r\n", prompt="a:~# ")
+        self.type("exit", prompt="a login: ")
+        self.type("\x1d", "a: left")
+        self.type("kodemachine ssh a -- hostname", r"\na\r\n")
+        self.leave()
+
+    def test_image_is_created_offline_and_its_machines_have_host_keys(self) -> None:
+        self.type("kodemachine base create v0.3.0", "kodeimage-v0.3.0 is ready")
+        self.type("kodemachine base use v0.3.0; kodemachine start -d a; kodemachine start -d b", "b is ready")
+        self.type("cat ~/.local/state/kodemachine/known_hosts", "km-a ssh-ed25519 .*km-b ssh-ed25519 ")
+        self.type("kodemachine doctor", "no problems found")
+        self.leave()
+
+    def test_processes_end_with_the_sandbox_and_sessions_with_their_machine(self) -> None:
+        self.type("kodemachine a", prompt=r"a:~\$ ")
+        self.type("sudo poweroff", "closed by remote host")
+        self.type(f"sh -c 'sleep 1000; : {self.folder}' & disown")
+        self.leave()
 
 
 # ---- install.sh and make
