@@ -2071,8 +2071,8 @@ class Sshd:
     """A real sshd on some of 127.0.0.2, 127.0.0.3 ..., with throw-away keys for the host and for the user."""
 
     OPTIONS = {
-        "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no", "PermitRootLogin": "yes",
-        "PermitUserRC": "no", "MaxStartups": 100, "PrintMotd": "no", "PrintLastLog": "no",
+        "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no",
+        "PermitRootLogin": "yes", "PermitUserRC": "no", "MaxStartups": 100, "PrintMotd": "no", "PrintLastLog": "no",
         "Subsystem": "sftp internal-sftp",
     }
 
@@ -11471,7 +11471,7 @@ class Network:
             # The state is missing while a test replaces it.
             with contextlib.suppress(OSError):
                 self._follow()
-            for listener in select.select(list(self.listeners.values()), [], [], 0.05)[0]:
+            for listener in select.select(list(self.listeners.values()), [], [], 0.02)[0]:
                 with contextlib.suppress(OSError):
                     self._accept(listener)
 
@@ -11491,7 +11491,7 @@ class Network:
             if process.poll() is not None:
                 self.sessions.remove((uuid, process))
             elif uuid not in self.machines.values():
-                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGHUP)       # an interactive shell ignores SIGTERM
         leaving = [uuid for uuid in self.machines.values() if self._has("power-off", uuid)]
         if leaving or any(due <= now for due, *_ in state["pending"]):
             with FakeUTM(self.utm.folder) as utm:
@@ -11511,7 +11511,8 @@ class Network:
         command = [program, "-i", "-f", self.options, "-h", root + "/etc/ssh/ssh_host_ed25519_key",
                    "-o", f"SetEnv=HOME={root}/root", "-o", f"ForceCommand={self.session} {uuid}"]
         with connection:
-            process = subprocess.Popen(command, stdin=connection, stdout=connection, stderr=subprocess.DEVNULL,
+            ends = connection.fileno()
+            process = subprocess.Popen(command, stdin=ends, stdout=ends, stderr=subprocess.DEVNULL,
                                        start_new_session=True)
         self.sessions.append((uuid, process))
 
@@ -11567,8 +11568,8 @@ class Stage:
 
     # Programs for people in a guest, beside the guest's own. None of them changes the system.
     PROGRAMS = (
-        "bash clear curl df diff du free git git-receive-pack git-upload-pack gzip less nano ps rsync scp stty tar top tput"
-        " tty uptime vi vim which"
+        "bash clear curl df diff du free git git-receive-pack git-upload-pack gzip less nano ps rsync scp stty tar top"
+        " tput tty uptime vi vim which"
     )
 
     def __init__(self, folder: str, pace: float = 1.0) -> None:
@@ -11618,7 +11619,7 @@ class Stage:
                 os.symlink(found, os.path.join(folder, name))
 
     def _make_key(self) -> str:
-        """An ssh key, and what every ssh of this stage is configured with. ssh looks for both in the person's own home."""
+        """An ssh key, and the configuration of every ssh. By itself, ssh looks for both in the person's own home."""
         folder = os.path.join(self.home, ".ssh")
         os.mkdir(folder, 0o700)
         key = os.path.join(folder, "id_ed25519")
@@ -11670,7 +11671,7 @@ kodemachine list
 
 
 def demo(pace: float) -> int:
-    """A session of kodemachine in a world without UTM; its exit status is 0 if all commands succeed. `pace`: see Stage."""
+    """A session of kodemachine with a fake UTM; 0 if all its commands succeed. `pace`: see Stage."""
     if Stage.why_not():
         sys.exit(f"The demo needs an ssh server: {Stage.why_not()}.")
     print("A session of the real kodemachine, with a fake UTM. Commands in its machines run on this computer.",
@@ -11749,8 +11750,8 @@ class Sandbox(Stage):
                                     "kodemachine completion fish | source\n",
     }
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str, pace: float) -> None:
+        super().__init__(folder, pace)
         self.environment["PS1"] = "sandbox$ "
         self.program("sandbox", SANDBOX)
         for name, text in self.START_FILES.items():
@@ -11777,8 +11778,8 @@ class Sandbox(Stage):
         return text
 
 
-def sandbox() -> int:
-    """A shell in which kodemachine works, on a fake UTM that ends with it."""
+def sandbox(pace: float) -> int:
+    """A shell in which kodemachine works, on a fake UTM that ends with it. `pace`: see Stage."""
     if Stage.why_not():
         sys.exit(f"The sandbox needs an ssh server: {Stage.why_not()}.")
     # The window is closed: tidy up. Ctrl-C is for the shell.
@@ -11790,7 +11791,7 @@ def sandbox() -> int:
         ctypes.CDLL(None).prctl(adopt_orphans, 1, 0, 0, 0)
     folder = os.path.realpath(tempfile.mkdtemp(prefix="kodemachine-sandbox-"))
     try:
-        stage = Sandbox(folder)
+        stage = Sandbox(folder, pace)
         print(stage.banner())
         subprocess.run([os.environ.get("SHELL", "/bin/sh")], env=stage.environment, cwd=stage.home)
         return 0
@@ -11807,7 +11808,7 @@ class DemoTest(unittest.TestCase):
         if Stage.why_not():
             self.skipTest(Stage.why_not())
         command = [sys.executable, os.path.abspath(__file__), "--demo", "0"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=60)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
         self.assertEqual(done.returncode, 0, done.stdout)
         for words in (b"\r\nit works\r\n", b"web is ready", b"web deleted"):
             self.assertIn(words, done.stdout)
@@ -11839,7 +11840,7 @@ class SandboxTest(unittest.TestCase):
         bash = shutil.which("bash") or "/bin/sh"
         env = {"HOME": self.home, "PATH": os.environ["PATH"], "SHELL": bash, "TERM": "dumb", "TMPDIR": self.folder,
                "XDG_STATE_HOME": self.home, "HISTFILE": os.path.join(self.home, "history")}
-        command = [sys.executable, "-B", os.path.abspath(__file__), "--sandbox"]
+        command = [sys.executable, "-B", os.path.abspath(__file__), "--sandbox", "0"]
         self.terminal = Terminal(command, env, self.home)
         self.addCleanup(self.terminal.close)
         self.terminal.expect(b"RUN ON THIS COMPUTER")
@@ -11862,33 +11863,44 @@ class SandboxTest(unittest.TestCase):
 
     def test_newcomer_gets_a_shell_and_plausible_answers(self) -> None:
         self.type("kodemachine project-alpha", prompt=r"project-alpha:~\$ ")
-        self.type("hostname; sudo whoami", r"\nproject-alpha\r\n", r"\nroot\r\n", prompt=r"project-alpha:~\$ ")
+        self.type("hostname; sudo whoami", r"\nproject-alpha\r\nroot\r\n", prompt=r"project-alpha:~\$ ")
         self.type("exit")
         self.type("kodemachine exec project-alpha -- whoami", r"\nroot\r\n")
         self.type("kodemachine exec project-alpha -- ip addr", r"inet (127\.0\.0\.\d+|::1)/")
         self.type("kodemachine list --size", r"26M +2\.0M\r\n")
-        self.type("echo words > f; kodemachine cp f project-alpha:~/g; kodemachine project-alpha -- cat g", r"\nwords\r\n")
+        self.type("echo words > f; kodemachine cp f project-alpha:~/g")
+        self.type("kodemachine project-alpha -- cat g", r"\nwords\r\n")
         self.leave()
+
+    def attach(self, *answers: tuple[str, str]) -> None:
+        """Types at the console of the machine `a`, and leaves it."""
+        self.type("kodemachine attach a", prompt="leave with")
+        for keys, answer in answers:
+            self.type(keys, prompt=answer)
+        self.type("\x1d", "a: left")
 
     def test_machine_without_ssh_can_be_rescued_at_its_console(self) -> None:
         self.type("kodemachine start -d a")
         self.type("sandbox break a", "systemctl status ssh")
-        self.type("kodemachine ssh a", "Connection refused")
+        self.type("kodemachine ip a --wait 0.2", "its ssh port does not answer")
         self.type("kodemachine exec a -- systemctl status ssh", r"inactive \(dead\)")
-        self.type("kodemachine attach a", prompt="leave with")
-        for keys, answer in (("", "a login: "), ("root", "Password: "), ("wrong", "Login incorrect"),
-                             ("root", "Password: "), ("sandbox", "a:~# ")):
-            self.type(keys, prompt=answer)
-        self.type("systemctl start ssh; hostname", r"\na\r\n", prompt="a:~# ")
-        self.type("exit", prompt="a login: ")
-        self.type("\x1d", "a: left")
+        log_in = ("root", "Password: "), ("sandbox", "a:~# ")
+        self.attach(("", "a login: "), ("root", "Password: "), ("wrong", "Login incorrect"), *log_in,
+                    ("systemctl start ssh; hostname", r"\na\r\na:~# "), ("exit", "a login: "))
         self.type("kodemachine ssh a -- hostname", r"\na\r\n")
+        self.leave()
+
+    def test_shell_at_the_console_ends_with_its_machine(self) -> None:
+        self.type("kodemachine start -d a")
+        self.attach(("root", "a login: root"), ("sandbox", "a:~# "), ("poweroff", "a:~# "))
+        self.type("kodemachine stop a; kodemachine start -d a", "a is ready")
+        self.attach(("", "a login: "))
         self.leave()
 
     def test_image_is_created_offline_and_its_machines_have_host_keys(self) -> None:
         self.type("kodemachine base create v0.3.0", "kodeimage-v0.3.0 is ready")
         self.type("kodemachine base use v0.3.0; kodemachine start -d a; kodemachine start -d b", "b is ready")
-        self.type("cat ~/.local/state/kodemachine/known_hosts", "km-a ssh-ed25519 .*km-b ssh-ed25519 ")
+        self.type("cat ~/.local/state/kodemachine/known_hosts", r"\nkm-a ssh-ed25519 .*\n", "km-b ssh-ed25519 ")
         self.type("kodemachine doctor", "no problems found")
         self.leave()
 
@@ -12616,13 +12628,14 @@ def main() -> int:
     parser.add_argument("--matrix", nargs="?", const="", metavar="CASE", help="every fault at every call, or some")
     parser.add_argument("--demo", nargs="?", const=1.0, type=float, metavar="PACE",
                         help="a session of kodemachine, instead of tests; with 0 as fast as possible")
-    parser.add_argument("--sandbox", action="store_true", help="a shell to try kodemachine in, instead of tests")
+    parser.add_argument("--sandbox", nargs="?", const=1.0, type=float, metavar="PACE",
+                        help="a shell to try kodemachine in, instead of tests")
     options = parser.parse_args()
-    if options.demo is not None:
-        return demo(options.demo)
-    for chosen, run in ((options.worker, work), (options.sandbox, sandbox)):
-        if chosen:
-            return run()
+    if options.worker:
+        return work()
+    for pace, run in ((options.demo, demo), (options.sandbox, sandbox)):
+        if pace is not None:
+            return run(pace)
     settle_down()
     if options.matrix is not None:
         return matrix(options.jobs, options.matrix)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Records `make demo` as an animated SVG, .github/demo.svg. Standard library only.
 
-The words are those of the run. The times are not: they follow from what is shown, so that a second recording differs from
-the first one only where the words differ. The picture has text, CSS animations and nothing that is loaded from elsewhere.
+The words are those of the run. The times are not: they follow from what is shown, so that a second recording differs
+from the first one only where the words differ. The picture has text and CSS animations, and loads nothing.
 """
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class Frame(NamedTuple):
     """What the terminal shows from a time on."""
 
     start: float            # seconds
-    rows: tuple[Row, ...]   # all rows since the beginning
-    column: int             # of the cursor, in the last row
+    rows: tuple[Row, ...]   # all rows since the beginning; the cursor is at the end of the last one
 
 
 class Screen:
@@ -66,7 +65,7 @@ class Screen:
         """Shows the present state for so many seconds, if it differs from that before."""
         rows = tuple(map(tuple, self.rows))
         if not self.frames or self.frames[-1].rows != rows:
-            self.frames.append(Frame(self.clock, rows, self.column))
+            self.frames.append(Frame(self.clock, rows))
             self.clock += seconds
 
     def feed(self, output: str) -> None:
@@ -178,7 +177,7 @@ class Picture:
         width, height = WIDTH * COLUMNS, HEIGHT * ROWS
         outer = (width + 2 * MARGIN, height + BAR + MARGIN)
         scroll = self.moves([(f.start, 0, -HEIGHT * max(0, len(f.rows) - ROWS)) for f in self.frames])
-        cursor = self.moves([(f.start, WIDTH * f.column, HEIGHT * (len(f.rows) - 1)) for f in self.frames])
+        cursor = self.moves([(f.start, WIDTH * len(f.rows[-1]), HEIGHT * (len(f.rows) - 1)) for f in self.frames])
         texts = "\n".join(self.texts())
         keyframes = "".join(f"@keyframes {name}{{{text}}}\n" for text, name in self.animations.items())
         return f"""\
