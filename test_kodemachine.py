@@ -11875,6 +11875,8 @@ class SandboxTest(unittest.TestCase):
     def attach(self, *answers: tuple[str, str]) -> None:
         """Types at the console of the machine `a`, and leaves it."""
         self.type("kodemachine attach a", prompt="leave with")
+        # What is typed before that is discarded.
+        wait_for(lambda: not self.terminal.attributes()[3] & termios.ECHO)
         for keys, answer in answers:
             self.type(keys, prompt=answer)
         self.type("\x1d", "a: left")
@@ -11892,7 +11894,7 @@ class SandboxTest(unittest.TestCase):
 
     def test_shell_at_the_console_ends_with_its_machine(self) -> None:
         self.type("kodemachine start -d a")
-        self.attach(("root", "a login: root"), ("sandbox", "a:~# "), ("poweroff", "a:~# "))
+        self.attach(("root", "a login: root\r\nPassword: "), ("sandbox", "a:~# "), ("poweroff", "a:~# "))
         self.type("kodemachine stop a; kodemachine start -d a", "a is ready")
         self.attach(("", "a login: "))
         self.leave()
