@@ -11482,6 +11482,7 @@ class Network:
         now = time.time()
         up = [vm for vm in state["vms"] if vm["status"] == "started" and vm["up_at"] + vm["agent_after"] <= now]
         self.machines = {vm["ips"][0]: vm["uuid"] for vm in up}
+        alive = [vm["uuid"] for vm in state["vms"] if vm["status"] != "stopped"]
         ports = {host for host, uuid in self.machines.items() if not self._has("run/ssh.stopped", uuid)}
         for host in set(self.listeners) - ports:
             self.listeners.pop(host).close()
@@ -11490,7 +11491,7 @@ class Network:
         for uuid, process in list(self.sessions):
             if process.poll() is not None:
                 self.sessions.remove((uuid, process))
-            elif uuid not in self.machines.values():
+            elif uuid not in alive:
                 os.killpg(process.pid, signal.SIGHUP)       # an interactive shell ignores SIGTERM
         leaving = [uuid for uuid in self.machines.values() if self._has("power-off", uuid)]
         if leaving or any(due <= now for due, *_ in state["pending"]):
@@ -11533,7 +11534,7 @@ class Network:
 
     def _log_in(self, uuid: str, master: int, keys: bytes) -> None:
         """A login on a console, until it ends. `keys` have been typed already."""
-        terminal = Terminal([self.session, uuid, "console"], dict(os.environ), "/")
+        terminal = Terminal([self.session, uuid, "console"], {"TERM": os.environ.get("TERM", "dumb")}, "/")
         self.sessions.append((uuid, terminal.process))
         other = {master: terminal.master, terminal.master: master}
         while True:
@@ -11581,7 +11582,7 @@ class Stage:
         self.utm = Utm(os.path.join(folder, "utm"))
         self.utm.install(programs, *TOOLS, "session")
         self._link_programs(self.utm.fake.path("tools"))
-        self.key = self._make_key()
+        key = self._make_key()
         hosts = [host for host in (*(f"127.0.0.{n}" for n in range(2, 22)), "127.0.0.1", "::1")
                  if not Sshd.why_not_bind(host)]
         self.hosts = hosts[:20]
@@ -11589,7 +11590,7 @@ class Stage:
         self.utm.option(documents=documents, addresses=self.hosts, clone_seconds=0.7 * pace, launch_seconds=pace)
         seconds = {"start_seconds": 0.8 * pace, "agent_after": 1.2 * pace, "request_seconds": pace}
         self.utm.add(IMAGE, disk=24 << 20, serials=[{"kind": "ptty"}], **seconds)
-        self.network = Network(self.utm, self.hosts, os.path.join(programs, "session"), self.key + ".pub")
+        self.network = Network(self.utm, self.hosts, os.path.join(programs, "session"), key + ".pub")
         config = {"ssh_port": self.network.port, "documents": documents}
         write_text(os.path.join(self.home, ".config", "kodemachine", "config.json"), json.dumps(config))
         start = f"import sys; sys.path.insert(0, {HERE!r}); import kodemachine; sys.exit(kodemachine.main())"
@@ -11677,17 +11678,17 @@ def demo(pace: float) -> int:
     print("A session of the real kodemachine, with a fake UTM. Commands in its machines run on this computer.",
           file=sys.stderr)
     statuses = b""
-    with tempfile.TemporaryDirectory(prefix="kodemachine-demo-") as folder:
-        stage = Stage(os.path.realpath(folder), pace)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kodemachine-demo-"))
+        stage = stack.enter_context(contextlib.closing(Stage(os.path.realpath(folder), pace)))
         env = {**stage.environment, "PS1": "${?#0}$ ", "TERM": "xterm"}
-        shell = Player(["/bin/sh", "-c", "stty rows 24 cols 80; exec /bin/sh -i"], env, stage.home)
+        start = ["/bin/sh", "-c", "stty rows 24 cols 80; exec /bin/sh -i"]
+        shell = stack.enter_context(contextlib.closing(Player(start, env, stage.home)))
         for line in DEMO.splitlines():
             statuses += shell.expect(Player.PROMPT)[1]
             time.sleep(0.8 * pace)
             shell.type(line, 0.04 * pace)
         statuses += shell.expect(Player.PROMPT)[1]
-        shell.close()
-        stage.close()
     print()
     return 1 if statuses else 0
 
@@ -11726,7 +11727,7 @@ esac"""
 
 BANNER = """\
 kodemachine works in this shell, with a fake UTM. Its machines are imitations:
-COMMANDS IN THEM RUN ON THIS COMPUTER, as {user}, and see its files.
+COMMANDS IN THEM RUN ON THIS COMPUTER, as {user} files.
 This shell has a home and an ssh key of its own. When it ends, they are removed,
 and everything that was started in it ends, too.
 
@@ -11770,7 +11771,9 @@ class Sandbox(Stage):
             self.program("hdiutil", 'for target; do [ "$last" = -o ] && echo seed >"$target"; last=$target; done')
 
     def banner(self) -> str:
-        user = "nobody" if os.geteuid() == 0 else "you"
+        user = "you: they can read and change your"
+        if os.geteuid() == 0:
+            user = "nobody: they can read its"
         text = BANNER.format(user=user, password=Session.PASSWORD)
         if len(self.hosts) < 4:
             text += (f"\nThis computer has addresses for {len(self.hosts)} machines at a time. For more, first run: "
