@@ -11731,12 +11731,12 @@ COMMANDS IN THEM RUN ON THIS COMPUTER, as {user} files.
 This shell has a home and an ssh key of its own. When it ends, they are removed,
 and everything that was started in it ends, too.
 
-  kodemachine project-alpha                   a new machine, and a shell in it
-  kodemachine exec project-alpha -- ip addr   a command as its root, without ssh
-  kodemachine attach project-alpha            its console: the name is root, the password {password}
-  sandbox break project-alpha                 stop its ssh server, to try the rescue
-  kodemachine base create v0.3.0              a new image, from a small file in place of Ubuntu's
-  exit                                        leave
+  kodemachine project-alpha                  a new machine, and a shell in it
+  kodemachine exec project-alpha -- ip addr  a command, without ssh
+  kodemachine attach project-alpha           its console: root, password {password}
+  sandbox break project-alpha                stop its ssh, to try the rescue
+  kodemachine base create v0.3.0             an image, from a small local file
+  exit                                       leave
 """
 
 
