@@ -592,7 +592,8 @@ class Guest:
             "etc/hostname": "kodeimage\n",
             "etc/hosts": "127.0.0.1 localhost\n127.0.1.1 kodeimage\n",
             "etc/machine-id": uuid.replace("-", "").lower() + "\n",
-            "etc/passwd": f"root:*:0:0:root:{self.root}/root:/bin/sh\n",
+            # Its uid is that of the guest's files.
+            "etc/passwd": f"root:*:{self.stranger(new).get('user', os.geteuid())}:0:root:{self.root}/root:/bin/sh\n",
             "etc/systemd/enabled": "qemu-guest-agent.service\nssh.service\n",
             "etc/systemd/system/qemu-guest-agent.service": "",
             "etc/systemd/system/ssh.service": "",
@@ -2138,9 +2139,10 @@ class Sshd:
             "Port": self.port,
             "HostKey": f'"{self.path("host")}"',
             "AuthorizedKeysFile": f'"{self.path("user.pub")}"',
+            "LogLevel": "VERBOSE",
         }
-        if sftp:
-            options["Subsystem"] = "sftp internal-sftp"
+        if not sftp:
+            del options["Subsystem"]
         lines = [f"{key} {value}\n" for key, value in options.items()]
         lines += [f"ListenAddress {host}:{self.port}\n" for host in self.hosts]
         with open(self.path("sshd_config"), "w", encoding="utf-8") as file:
@@ -9797,8 +9799,10 @@ class OutputTest(Case):
         terminal.expect(rb"\r\x1b\[K(\x1b\[A\x1b\[K){5}machine-number")
         terminal.send(b"\x03")
         self.assertEqual(terminal.wait(), 130)
-        *rows, end = self.rows(terminal)[-7:]
-        self.assertEqual((sorted(row.partition("  ")[0] for row in rows), end), (labels, ""), terminal.seen)
+        rows = self.rows(terminal)
+        ended = sorted(row.partition("  ")[0] for row in rows if row.startswith("machine-number"))
+        self.assertEqual((ended, rows[-1]), (labels, ""), terminal.seen)
+        self.assertIn("kodemachine status", "\n".join(rows))
 
     def test_commands_for_several_machines_leave_one_line_each(self) -> None:
         for label in ("a", "b"):
@@ -12222,8 +12226,9 @@ class ReadmeTest(unittest.TestCase):
     # These have tests of their own: they need a network, a guest with systemd, or a real ssh.
     ELSEWHERE = ("base create", "base seal", "cp")
 
-    STATUS = {"kodemachine project-alpha -- sh -c 'exit 3'": 3,
-              "kodemachine project-alpha -- make test": 127}      # which is not in the fake's guests
+    # These programs are not in the fake's guests.
+    STATUS = {"kodemachine next -- sudo apt-get install -y build-essential": 127,
+              "kodemachine project-alpha -- make test": 127}
 
     def setUp(self) -> None:
         self.text = read_text(os.path.join(HERE, "README.md"))
