@@ -27,11 +27,12 @@ PROMPT = re.compile(r"(?:[\w-]+:~)?\$ ")
 ESCAPE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 
 STYLE = """\
-svg{--back:#fff;--text:#1f2328;--line:#d1d9e0;--faint:#59636e;--red:#cf222e}
-@media(prefers-color-scheme:dark){svg{--back:#0d1117;--text:#e6edf3;--line:#3d444d;--faint:#9198a1;--red:#ff7b72}}
+svg{--back:#fff;--text:#1f2328;--line:#d1d9e0;--faint:#59636e;--red:#cf222e;--green:#1a7f37}
+@media(prefers-color-scheme:dark){
+svg{--back:#0d1117;--text:#e6edf3;--line:#3d444d;--faint:#9198a1;--red:#ff7b72;--green:#3fb950}}
 text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace;\
 fill:var(--text);white-space:pre}
-.s1{font-weight:700}.s2{fill:var(--faint)}.s31{fill:var(--red)}
+.s1{font-weight:700}.s2{fill:var(--faint)}.s31{fill:var(--red)}.s32{fill:var(--green)}
 .window{fill:var(--back);stroke:var(--line)}.title{fill:var(--faint);text-anchor:middle}.cursor{fill:var(--faint)}
 .hidden{visibility:hidden}
 """
