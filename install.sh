@@ -38,7 +38,7 @@ candidates() {
   set --
   [ -z "${PYTHON:-}" ] || set -- "$(absolute "$(command -v "$PYTHON")")"
   # Without the command line tools, Apple's /usr/bin/python3 opens a dialog instead of running.
-  # Only xcode-select tells without that, and it names the real one.
+  # Only xcode-select finds out without that, and it names the real one.
   system=$(uname)
   ! tools=$(xcode-select -p 2>/dev/null) || set -- "$@" "$tools/usr/bin/python3"
   set -- "$@" /opt/homebrew/bin/python3 /usr/local/bin/python3
@@ -86,7 +86,7 @@ interpreter() {
   fi
 }
 
-# Writes $new: a zip application of the compiled program, since compiling it anew would double the time of each run,
+# Writes $new: a zip application of the compiled program, since compiling it again would double the time of each run,
 # and of its source, which any other Python runs. Not compressed, so the source can be read, and searched, in the file.
 build() {
   "$python" -IS - "$source" "$new" "$target" "$bin" "$(interpreter)" <<'EOF'
@@ -96,7 +96,7 @@ unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
 py_compile.compile(source, new, folder + "/kodemachine/__main__.py", doraise=True, invalidation_mode=unchecked)
 with open(new, "rb") as compiled, open(source, "rb") as text:
     code, program = compiled.read(), text.read()
-# Before Python 3.11 no two compilations are alike. The first 16 bytes tell the version and the source's hash.
+# Before Python 3.11 no two compilations are alike. The first 16 bytes have the version and the source's hash.
 with contextlib.suppress(OSError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(target) as installed:
     old = installed.read("__main__.pyc")
     code = old if old[:16] == code[:16] else code
