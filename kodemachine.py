@@ -108,7 +108,7 @@ class NotPermitted(Unreachable):
 
 
 class Forbidden(KodeError):
-    """The guest's configuration does not allow its agent that. The same request would fail again."""
+    """The guest's configuration does not allow its agent to run that. The same request would fail again."""
 
 
 class TimedOut(KodeError):
@@ -290,6 +290,11 @@ def age_text(seconds: float | None) -> str:
     return f"{int(seconds / 86400)}d"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 error`, `2 errors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def seconds_text(limit: float) -> str:
     """A time limit for a person: 60 s, 0.3 s."""
     return f"{round(limit, 1):g} s"
@@ -324,7 +329,7 @@ def access_hint(path: str) -> str:
         if at == foreign:
             return hint
     if foreign:
-        return f'{foreign} belongs to another user. To change that: sudo chown -R "$(id -un)" {shlex.quote(foreign)}'
+        return f'To make {foreign} yours: sudo chown -R "$(id -un)" {shlex.quote(foreign)}'
     return hint
 
 
@@ -334,7 +339,10 @@ def explained(path: str, hint: str = RUN_AGAIN) -> Iterator[None]:
     try:
         yield
     except PermissionError as failure:
-        raise KodeError(f"{path}: {failure.strerror}", access_hint(path)) from None
+        remedies = [access_hint(path)]
+        if hint != RUN_AGAIN:
+            remedies.append(hint)
+        raise KodeError(f"{path}: {failure.strerror}", "\n".join(remedies)) from None
     except OSError as failure:
         raise KodeError(f"{path}: {failure.strerror or failure}", hint) from None
 
@@ -345,7 +353,7 @@ def make_folder(path: str) -> None:
     # makedirs would give it the umask's mode.
     if not os.path.isdir(above):
         make_folder(above)
-    with explained(path, f"To see its owner and mode: ls -ld {shlex.quote(above)}"):
+    with explained(path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         owner = os.stat(path).st_uid
@@ -362,10 +370,10 @@ def must_be_usable(path: str) -> None:
         raise KodeError(f"{path} cannot be used: {os.strerror(errno.EACCES)}", access_hint(at))
 
 
-def write_file(path: str, text: str) -> None:
+def write_file(path: str, text: str, hint: str = RUN_AGAIN) -> None:
     """Replaces a file as a whole: written beside it, synced, renamed; 0600 in a 0700 folder. Callers hold a lock.
 
-    Raises KodeError.
+    Raises KodeError with the hint.
     """
     # A configuration may be in a folder that several users share.
     if not os.path.isdir(os.path.dirname(path)):
@@ -373,7 +381,7 @@ def write_file(path: str, text: str) -> None:
     # Always the same name, so that nothing piles up after a kill -9.
     beside = path + ".new"
     try:
-        with explained(path):
+        with explained(path, hint):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(beside)
             handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -1242,10 +1250,7 @@ class Config:
     def _write(self, found: dict[str, Any], hint: str) -> None:
         """A linked file keeps its link. `hint`: for a file that cannot be written."""
         self._check_image(found)
-        try:
-            write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n")
-        except KodeError as failure:
-            raise KodeError(failure.message, hint) from None
+        write_file(os.path.realpath(self.path), json.dumps(found, indent=2) + "\n", hint)
 
 
 # ---- memory: Record, State, orders
@@ -1291,6 +1296,15 @@ class Record(NamedTuple):
     wake: str = ""                  # the Mac's last wake-up (see `last_wake`) when the guest's clock was right
     first_boot: str = ""            # "pending" or "done"
     making: str = ""                # "begun" or "sealed", by `base create`
+
+    @property
+    def network(self) -> str | None:
+        """`shared`, or `offline`, as it was proved before a start; None: unknown."""
+        if not self.mac_is_unique:
+            return None
+        if self.is_offline:
+            return "offline"
+        return "shared"
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Record:
@@ -1346,7 +1360,7 @@ class State:
         make_folder(self.folder)
         make_folder(self.path("locks"))
         path = self.path("locks", name + ".lock")
-        with explained(path, f"To see its owner and mode: ls -ld {shlex.quote(self.path('locks'))}"):
+        with explained(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             self._take_lock(handle, what or name, limit if wait else 0.0)
@@ -2057,10 +2071,11 @@ sync
 echo "end=$label"
 """
 
-# The guest agent runs this as root. It sets a clock that is more than two seconds off. $1: seconds since the epoch.
+# The guest agent runs this as root. It sets a clock that is more than two seconds late. $1: seconds since the epoch,
+# when the agent was asked. A clock that seems to be early may only show how long the agent took.
 CLOCK = """
 late=$(($1 - $(date +%s)))
-if [ $late -gt 2 ] || [ $late -lt -2 ]; then date -s "@$1" >/dev/null; fi
+if [ $late -gt 2 ]; then date -s "@$1" >/dev/null; fi
 """
 
 # The guest agent runs this in a machine that becomes an image, as root. $1: `check` (change nothing), `apply`, or
@@ -2147,11 +2162,12 @@ fix_ssh() { start_at_boot ssh.service || start_at_boot sshd.service; }
 find_user() { id -u "$user" >/dev/null 2>&1 || echo "add the user $user"; }
 fix_user() { useradd -m -s /bin/bash -p '*' "$user"; }
 
-# Whether one of the words after $1 matches the list $1 of sshd. A host after @ in the list is taken for the Mac.
+# Whether one of the words after $1 matches the list $1 of sshd. A host after @ that is allowed is taken for the Mac.
 listed() {
   list=$1
   shift
   sshd_has "$list" | while read -r pattern; do
+    case $list-$pattern in deny*@*) case $mac in ${pattern##*@}) ;; *) continue;; esac;; esac
     for name; do case $name in ${pattern%@*}) echo yes;; esac; done
   done | grep -q yes
 }
@@ -2226,10 +2242,10 @@ fix_key() {
   mkdir -p "${file%/*}"
   file=$(readlink -f "$file")
   folder=${file%/*}
-  [ -e "$file" ] || : >"$file"
-  { printf '%s\n' "$key"; cat "$file"; } >"$file.new" && mv "$file.new" "$file"
-  case $folder in "$user_home"/*) chmod 700 "$folder"; chown -R "$user:" "$folder";; esac
-  chmod 600 "$file"; chown "$user:" "$file"
+  others=$(cat "$file" 2>/dev/null)
+  printf '%s\n' "$key" ${others:+"$others"} >"$file"
+  # A file elsewhere is perhaps that of all users.
+  case $folder in "$user_home"/*) chmod 700 "$folder"; chmod 600 "$file"; chown -R "$user:" "$folder";; esac
   unsafe "$file" | while read -r path; do
     chmod go-w "$path"
     if [ "$path" = "$user_home" ]; then chown "$user:" "$path"; fi
@@ -2711,6 +2727,13 @@ class VM:
             return f"kodemachine {verb} {self.label}"
         return f"{shlex.quote(self._utm.path())} {verb} {self.uuid}"
 
+    @property
+    def how_to_run(self) -> str:
+        """The hint for a machine that has to run."""
+        if self.power is Power.PAUSED:
+            return f"To continue it: {self.command('resume')}"
+        return f"To start it: {self.command('start -d')}"
+
     # -- states
 
     def status(self) -> Power:
@@ -2839,8 +2862,7 @@ class VM:
         attempt = self.reach({Power.PAUSED, Power.STOPPED}, limit, {Power.STARTED: pause}, refusals=2,
                              final=Outcome.FAILED)
         if self.power is Power.STOPPED:
-            raise WrongState(f"{self.name} is stopped and cannot be suspended",
-                             f"To start it: kodemachine start -d {self.label}")
+            raise WrongState(f"{self.name} is stopped and cannot be suspended", self.how_to_run)
         if attempt.is_refused:
             raise KodeError(f"{self.name} cannot be suspended{attempt.reason}",
                             f"It is still running. To shut it down instead: kodemachine stop {self.label}")
@@ -2894,7 +2916,9 @@ class VM:
 
         The answer has a line each for name, memory, CPUs, and every network interface, as they are afterwards.
         """
-        network = "offline" if self.record.is_offline else ""
+        network = ""
+        if self.record.is_offline:
+            network = "offline"
         return self._utm.script(CONFIGURE, self.uuid, name, str(memory or ""), str(cpus or ""), network, *macs)
 
     def prepare(self, memory: int | None, cpus: int | None) -> None:
@@ -2928,15 +2952,17 @@ class VM:
             problem = reply.sentence or f"UTM answers {reply.outcome.value}"
             if self._is_final(reply):
                 break
+        raise self._not_prepared(problem, is_changed=bool(memory or cpus))
+
+    def _not_prepared(self, problem: str, *, is_changed: bool) -> KodeError:
         if self.record.is_offline:
-            raise KodeError(f"{self.name} was not started: UTM did not take it off the network ({problem})",
-                            f"Check its network mode (Host Only) in UTM's window, or delete it: "
-                            f"kodemachine delete {self.label}")
-        if memory or cpus:
-            raise KodeError(f"{self.name} was not started: its configuration could not be changed ({problem})",
-                            "Use other values for --cpus and --memory, or none.")
-        raise KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
-                        MAC_SETTING)
+            return KodeError(f"{self.name} was not started: UTM did not take it off the network ({problem})",
+                             "In its settings in UTM, set the mode of its network interfaces to Host Only.")
+        if is_changed:
+            return KodeError(f"{self.name} was not started: its configuration could not be changed ({problem})",
+                             "Use other values for --cpus and --memory, or none.")
+        return KodeError(f"{self.name} was not started: its network address could not be made unique ({problem})",
+                         MAC_SETTING)
 
     def _is_reported(self, found: dict[str, Hardware]) -> bool:
         relevant = [found[uuid] for uuid in (self.uuid, self.record.copy_of) if uuid in found]
@@ -2968,7 +2994,7 @@ class VM:
         """Whether it is useless to repeat a change of the configuration. Raises Unreachable or WrongState."""
         if reply.outcome is Outcome.REFUSED:
             raise Unreachable(f"{self.name} was not started: macOS does not permit control of UTM (-1743), so its "
-                              "network address cannot be checked", f"{NOT_ALLOWED} {MAC_SETTING}")
+                              "network address cannot be checked", f"{MAC_SETTING} {NOT_ALLOWED}")
         if reply.outcome not in (Outcome.FAILED, Outcome.MISSING):
             return False
         # An earlier run may have asked UTM to start it.
@@ -3137,20 +3163,23 @@ class VM:
             self._notes.warn("the output was cut at 16 MiB: the guest agent keeps no more")
         return 128 + signal_number if signal_number else code, output, errors
 
-    def set_clock(self) -> None:
-        """Sets the guest's clock if it is wrong: it stops while the machine is paused or the Mac sleeps.
+    def set_clock(self) -> bool:
+        """Sets the guest's clock if it is late: it stops while the machine is paused or the Mac sleeps.
 
-        A failure is a warning.
+        A failure is a warning. Returns whether another try is useless: the clock is right, or the agent may not set it.
         """
         words = ["/bin/sh", "-c", CLOCK, "kodemachine", str(int(time.time()))]
+        is_final = False
         try:
             code, _, err = self.run(words, limit=CLOCK_LIMIT)
+            if code == 0:
+                return True
             problem = err.decode("utf-8", "replace").strip().rpartition("\n")[2]
         except KodeError as failure:
-            code, problem = 1, failure.message
-        if code:
-            self._notes.warn(f"the clock of {self.name} may be wrong ({problem}); to set it: "
-                             f"kodemachine exec {self.label} -- date -s @$(date +%s)")
+            problem, is_final = failure.message, isinstance(failure, Forbidden)
+        self._notes.warn(f"the clock of {self.name} may be wrong ({problem}); to set it: "
+                         f"kodemachine exec {self.label} -- date -s @$(date +%s)")
+        return is_final
 
     def _no_result(self, reply: Reply, program: str, limit: float) -> KodeError:
         look = f"To check: kodemachine ssh {self.name}"
@@ -3680,13 +3709,13 @@ ROUTE_OPTIONS = {"CanonicalizeHostname": "no", "ControlMaster": "no", "ControlPa
 # The way to an address is direct. (BindAddress, in `argv`, also undoes BindInterface.)
 DIRECT_OPTIONS = {"ProxyJump": "none", "ProxyCommand": "none", "ProxyUseFdpass": "no", "AddressFamily": "any"}
 
+# What a session and a copy share: scp sets the rest itself, and has a session type of its own.
+COPY_OPTIONS = {"ForkAfterAuthentication": "no", "StdinNull": "no"}
+
 # A session of kodemachine runs the command that was asked for, or a shell, and lasts as long: --rm deletes the machine
 # after it. It opens no ports, which may be in use. For `ssh km-web`, the person's own call, their values apply.
-SESSION_OPTIONS = {"RemoteCommand": "none", "SessionType": "default", "ForkAfterAuthentication": "no",
-                   "StdinNull": "no", "ClearAllForwardings": "yes", "PermitLocalCommand": "no"}
-
-# The part of these that scp does not set itself. It has a session type of its own.
-COPY_OPTIONS = {"ForkAfterAuthentication": "no", "StdinNull": "no"}
+SESSION_OPTIONS = {**COPY_OPTIONS, "RemoteCommand": "none", "SessionType": "default", "ClearAllForwardings": "yes",
+                   "PermitLocalCommand": "no"}
 
 # The address may not have been probed, and its ssh server may start only now. If nothing answers, ssh ends within 45 s.
 PATIENCE = {"ConnectionAttempts": "4", "ConnectTimeout": "10"}
@@ -3736,7 +3765,7 @@ class SshConfig:
         """The options that are the same for an address and for a name.
 
         The user is always set, because the image has that one, and a `User` for `Host *` is another. So a `User` for
-        `Host km-*` has no effect for names any more; it never had one for addresses. ssh_user is the place for it.
+        `Host km-*` has no effect; ssh_user is the place for it.
         """
         def quoted(path: str) -> str:
             return '"' + path.replace("%", "%%") + '"'
@@ -3797,6 +3826,8 @@ class SshConfig:
         wanted, used = answers
         values = dict(line.partition(" ")[::2] for line in used)
         lost = {line.partition(" ")[0] for line in wanted if line not in used}
+        # This one only lets older versions of ssh accept the others.
+        lost.discard("ignoreunknown")
         return [f"{key} {values.get(key, '(unset)')}" for key in map(str.lower, ours) if key in lost]
 
     def start_up_noise(self) -> str:
@@ -3885,13 +3916,6 @@ def open_script(path: str) -> BinaryIO:
                          "config set first_boot PATH; for none: kodemachine config unset first_boot") from None
     raise UsageError(f"first_boot is {path}, which has the line ends (CRLF) or the byte order mark of a Windows file",
                      rf"To convert it: perl -pi -e 's/^\xEF\xBB\xBF//; s/\r$//' {shlex.quote(path)}")
-
-
-def how_to_run(vm: VM) -> str:
-    """The hint for a machine that has to run."""
-    if vm.power is Power.PAUSED:
-        return f"To continue it: kodemachine resume {vm.label}"
-    return f"To start it: kodemachine start -d {vm.label}"
 
 
 class Manager:
@@ -3989,8 +4013,9 @@ class Manager:
         machine = machine._replace(record=record)
         vm = self.vm(machine)
         self._refuse_options(vm, label, options)
-        if options.offline:
-            vm.remember(is_offline=True)
+        if options.offline and record.network != "offline":
+            # Its next start proves it.
+            vm.remember(is_offline=True, mac_is_unique=False)
         if self.is_orphan(machine):
             # Somebody wants it after all.
             vm.remember(is_temporary=False)
@@ -4040,7 +4065,7 @@ class Manager:
         is_new = record.never_started and vm.power is Power.STOPPED
         if (options.cpus or options.memory) and not is_new:
             raise WrongState(f"{vm.name} exists already; --cpus and --memory are for a new clone", again)
-        if options.offline and not record.is_offline and not is_new:
+        if options.offline and record.network != "offline" and not is_new:
             raise WrongState(f"{vm.name} exists already and is not offline; --offline is for a new clone", again)
 
     def _clone(self, label: str, options: StartOptions) -> VM:
@@ -4146,24 +4171,26 @@ class Manager:
 
         Callers hold the label's lock.
         """
-        was_running = vm.power is Power.STARTED
+        before = vm.power
         # One write for the whole start. The failure of a start counts more than one of this write.
         try:
             address = self._start(vm, options, call)
         except BaseException as failure:
             with contextlib.suppress(KodeError):
                 vm.remember()
-            if isinstance(failure, Interrupted) and not was_running and not vm.record.is_temporary:
-                turn_off = "" if vm.power is Power.STOPPED else f"; to shut it down: kodemachine stop {vm.label}"
-                self._notes.warn(f"{vm.name} is {vm.power.word}; to continue: kodemachine {vm.label}{turn_off}")
+            if isinstance(failure, Interrupted) and before is not Power.STARTED and not vm.record.is_temporary:
+                state = f"{vm.name} is {vm.power.word}"
+                if vm.power is Power.STOPPED:
+                    state = f"UTM may still start {vm.name}"
+                self._notes.warn(f"{state}; to continue: kodemachine {vm.label}; to shut it down: kodemachine stop "
+                                 f"{vm.label}")
             raise
         vm.remember()
         return address
 
     def _start(self, vm: VM, options: StartOptions, call: Call | None) -> str:
-        limit = options.timeout or self.settings.boot_timeout
-        needs_renewal = vm.record.is_copy and vm.power is Power.STOPPED
-        was_running = vm.power is Power.STARTED
+        limit, before = options.timeout or self.settings.boot_timeout, vm.power
+        needs_renewal = vm.record.is_copy and before is Power.STOPPED
         began = time.monotonic()
 
         def before_cold() -> None:
@@ -4172,9 +4199,8 @@ class Manager:
             # The wait for another kodemachine's lock is not a part of the boot.
             began = time.monotonic()
 
-        before = vm.power
-        if vm.power is not Power.STARTED:
-            verb = "resuming" if vm.power is Power.PAUSED else "starting"
+        if before is not Power.STARTED:
+            verb = "resuming" if before is Power.PAUSED else "starting"
             self._notes.step(f"{verb} {vm.name}")
             vm.power_on(limit, before_cold=before_cold)
         if vm.record.never_started:
@@ -4185,21 +4211,29 @@ class Manager:
         if not call:
             self._notes.step(f"waiting for ssh on {vm.name}")
         left = max(1.0, limit - (time.monotonic() - began))
-        # A machine that has its identity was reached before.
-        prove = options.prove or not call or not vm.record.is_named
+        # A machine that has its identity, or cannot get one, was reached before.
+        prove = options.prove or not call or not (vm.record.is_named or vm.record.refusal)
         address = vm.wait_for_ssh(self.settings.ssh_port, left, call, prove=prove)
         if needs_renewal:
-            return self._renew(vm, limit) or address
-        # The known-hosts file may have been lost. What the guest agent refused is tried again after a boot only.
-        is_known = vm.record.is_named and self.ssh.knows(vm.name)
-        if not is_known and not (was_running and vm.record.refusal):
-            self._notes.step(f"naming the guest {vm.label}")
-            self._record_identity(vm, self.read_identity(vm))
+            address = self._renew(vm, limit) or address
+        else:
+            self._name(vm, before)
         if options.prove and not self.ssh.knows(vm.name):
             # No session follows in which ssh would learn the key, and by its name a machine is reached only with one.
             self.ssh.learn(vm, address)
         self._check_clock(vm, before)
         return address
+
+    def _name(self, vm: VM, before: Power) -> None:
+        """Gives the guest its name and pins its host keys, unless that is done. `before`: the state before this start.
+
+        The known-hosts file may have been lost. What the guest agent has refused is tried again after a boot only.
+        """
+        is_known = vm.record.is_named and self.ssh.knows(vm.name)
+        if is_known or (before is Power.STARTED and vm.record.refusal):
+            return
+        self._notes.step(f"naming the guest {vm.label}")
+        self._record_identity(vm, self.read_identity(vm))
 
     def _check_clock(self, vm: VM, before: Power) -> None:
         """Sets the guest's clock if the machine was paused, or the Mac has slept since the clock was right.
@@ -4208,18 +4242,19 @@ class Manager:
         """
         wake = self.last_wake() or vm.record.wake
         has_slept = before is Power.STARTED and wake != vm.record.wake
+        is_right = True
         if has_slept or before in (Power.PAUSING, Power.PAUSED, Power.RESUMING):
-            vm.set_clock()
-        if wake != vm.record.wake:
+            is_right = vm.set_clock()
+        if is_right and wake != vm.record.wake:
             vm.note(wake=wake)
 
     def last_wake(self) -> str:
         """When the Mac woke up last, in seconds since the epoch; empty if the system does not report it."""
-        reply = None
         with contextlib.suppress(KodeError):
-            reply = self.utm.call("sysctl", "-n", "kern.waketime")
-        match = re.match(r"\{ sec = (\d+),", reply.out) if reply else None
-        return match.group(1) if match else ""
+            match = re.match(r"\{ sec = (\d+),", self.utm.call("sysctl", "-n", "kern.waketime").out)
+            if match:
+                return match.group(1)
+        return ""
 
     def before_cold_start(self, vm: VM) -> None:
         """Proves that the machine is a whole copy, and gives it a network address of its own."""
@@ -4227,7 +4262,8 @@ class Manager:
         vm.remember()
 
     def _prepare(self, vm: VM, memory: int | None, cpus: int | None) -> None:
-        if memory or cpus or not vm.record.mac_is_unique:
+        # A person may have changed the network of an offline machine in UTM.
+        if memory or cpus or vm.record.is_offline or not vm.record.mac_is_unique:
             with self.fleet_lock():
                 self._notes.step(f"checking the network address of {vm.name}")
                 vm.prepare(memory, cpus)
@@ -4245,9 +4281,13 @@ class Manager:
             return
         if not problem and not identity.host_keys:
             problem = f"the guest agent reports no host keys of {vm.name}; ssh accepts the first one that it sees"
+        self._record_refusal(vm, problem, "This is tried again when the machine boots.")
+
+    def _record_refusal(self, vm: VM, problem: str, afterwards: str) -> None:
+        """Reports a lasting problem with the guest agent, once; "" if there is none any more."""
         refusal = problem.partition("\n")[0]
         if problem and refusal != vm.record.refusal:
-            self._notes.warn(f"{problem}\n  This is tried again when the machine boots.")
+            self._notes.warn(f"{problem}\n  {afterwards}")
         vm.note(refusal=refusal)
 
     def _renew(self, vm: VM, limit: float) -> str | None:
@@ -4259,7 +4299,10 @@ class Manager:
         identity = self.read_identity(vm, renew=True)
         if not identity.is_renewed:
             # sshd has its old keys until the restart.
-            self._notes.warn(f"{identity.problem}\n  The next cold start tries again.")
+            if identity.is_final:
+                self._record_refusal(vm, identity.problem, "The next cold start tries again.")
+            else:
+                self._notes.warn(f"{identity.problem}; the next cold start tries again")
             return None
         self._notes.step(f"restarting {vm.name}")
         try:
@@ -4315,7 +4358,7 @@ class Manager:
         options = StartOptions(may_clone=False, prove=False)
         vm, call = self.find_or_clone(label, options)
         if vm.power is not Power.STARTED:
-            raise WrongState(f"{vm.name} is {vm.power.word}", how_to_run(vm))
+            raise WrongState(f"{vm.name} is {vm.power.word}", vm.how_to_run)
         address = self.start(vm, options, call)
         return vm, address, self.ssh.knows(vm.name)
 
@@ -4342,12 +4385,9 @@ class Manager:
         for machine in machines:
             record, disk = machine.record, disks.get(machine.uuid, Disk())
             address = next(iter(addresses.get(machine.uuid, [])), None)
-            network = None
-            if machine.label:
-                network = "offline" if record.is_offline else "shared"
             found.append(Facts(machine.label, machine.name, machine.uuid, machine.power.word, address,
                                record.image or None, disk.memory, disk.size, disk.reclaimable, record.created or None,
-                               network))
+                               record.network))
         return found
 
     # -- the everyday verbs; callers hold the label's lock
@@ -4380,8 +4420,7 @@ class Manager:
             return "is already running"
 
         def before_cold() -> None:
-            raise WrongState(f"{vm.name} is stopped and cannot be resumed",
-                             f"To start it: kodemachine start -d {label}")
+            raise WrongState(f"{vm.name} is stopped and cannot be resumed", vm.how_to_run)
         with self.continuing(vm, "resume"):
             vm.power_on(self.settings.boot_timeout, before_cold=before_cold)
         vm.set_clock()
@@ -4467,11 +4506,15 @@ def usable_key(text: str) -> str:
 def agent_key(utm: Utmctl) -> str:
     """The first key of the ssh agent that ssh uses; "" if there is none. Password managers keep keys only there."""
     words = ["ssh-add", "-L"]
-    agent = re.search(r"(?m)^identityagent (/.*)$", utm.call("ssh", "-G", "--", "kodemachine").out)
+    agent = re.search(r"(?m)^identityagent (none$|/.*)", utm.call("ssh", "-G", "--", "kodemachine").out)
+    if agent and agent.group(1) == "none":
+        return ""
     if agent:
         words = ["env", f"SSH_AUTH_SOCK={agent.group(1)}", *words]
     reply = utm.call(*words, limit=LIMITS["ssh-add"])
-    return usable_key(reply.out) if reply.outcome is Outcome.DONE else ""
+    if reply.outcome is not Outcome.DONE:
+        return ""
+    return usable_key(reply.out)
 
 
 def public_key(utm: Utmctl, identity_file: str | None) -> str:
@@ -5291,9 +5334,9 @@ class Doctor:
     @doctor_check("offline", needs="utm osascript", passed="no offline machine has a route out of the Mac")
     def _offline(self) -> Iterable[Result]:
         for machine in self._fleet.clones:
-            is_prepared = machine.record.is_offline and machine.record.mac_is_unique
-            if is_prepared and machine.uuid in self._hardware and self._hardware[machine.uuid].is_online:
-                yield (ERROR, f"{machine.name} was made with --offline, and has a route out of the Mac now",
+            hardware = self._hardware.get(machine.uuid, Hardware([], []))
+            if machine.record.network == "offline" and hardware.is_online:
+                yield (ERROR, f"{machine.name} is recorded as offline, and has a route out of the Mac",
                        "Stop it, then set the mode of its network interfaces in UTM to Host Only.")
 
     @doctor_check("host-keys", needs="utm", passed="no two clones are known to share a host key")
@@ -5437,24 +5480,27 @@ class Doctor:
             yield OK, "no clone is running, so the network was not tested", ""
 
     def _probe(self) -> Result:
-        """Connects to the ssh servers of the running clones, until one answers."""
-        addresses = list(self._running)
+        """Connects to the ssh servers of the running clones, all at once."""
+        silent = list(self._running)
         prober = Prober(self._settings.ssh_port)
-        prober.aim(addresses)
+        prober.aim(silent)
         deadline = time.monotonic() + GREETING
-        winner = None
-        while not winner and time.monotonic() < deadline:
+        while silent and time.monotonic() < deadline:
             winner = prober.step(0.05)
+            if winner:
+                silent.remove(winner)
+                prober.aim(silent)
         has_no_route = prober.unreachable
         prober.close()
-        if winner:
-            return OK, f"a guest's ssh server answers at {winner}", ""
-        if is_emulated(addresses):
-            return ERROR, f"no ssh server answers at {', '.join(addresses)}", EMULATED_VLAN
+        if not silent:
+            return OK, f"the ssh servers of {counted(len(self._running), 'running clone')} answer", ""
+        if is_emulated(silent):
+            return ERROR, f"no ssh server answers at {', '.join(silent)}", EMULATED_VLAN
         if has_no_route and local_network_rules():
             return ERROR, "macOS blocks connections to the guests (no route to host)", LOCAL_NETWORK
-        return (WARNING, f"no ssh server answers at {', '.join(addresses)}",
-                f"Check the console: kodemachine attach {self._running[addresses[0]][0].label}")
+        label = self._running[silent[0]][0].label
+        return (WARNING, f"no ssh server answers at {', '.join(silent)}",
+                f"Check it: kodemachine exec {label} -- systemctl status ssh")
 
 
 # ---- serial console
@@ -5778,7 +5824,8 @@ def wrapped(text: str, columns: int, first: str, later: str) -> list[str]:
 
 
 # A command that a message offers: the whole message, or from a colon up to "; " and the next offer. (Not a usage.)
-PASTED = r"kodemachine|brew|chmod|df|echo|Include|ls|ps|rm|ssh-keygen|stty|systemctl|tccutil|tmutil|'?/[^:]*utmctl'?"
+PASTED = (r"kodemachine|brew|chmod|df|echo|Include|ls|perl|ps|rm|semanage|ssh|ssh-keygen|stty|sudo|systemctl|tccutil|"
+          r"tmutil|'?/[^:]*utmctl'?")
 TO_PASTE = re.compile(rf"(?:^|(?<=: ))(?:{PASTED}) (?!\[).*?(?=; [a-z][^:;]*: kodemachine |$)")
 
 
@@ -5859,7 +5906,7 @@ class LiveLine:
         """The next step. The machine is at the beginning of the line already, so its name is removed from the end."""
         if self.label:
             name = re.escape(self.label.rstrip())
-            text = self.label + "  " + re.sub(rf"( to| on| of| with)? \S*{name}$", "", text)
+            text = self.label + "  " + re.sub(rf"( to| on| of| with)? (\S*-)?{name}$", "", text)
         self._text = text
 
     def shown(self, columns: int | None = None) -> str:
@@ -5961,6 +6008,9 @@ class Terminal(Notes):
     def _above(self) -> Iterator[None]:
         """The output of the block appears above the live lines of machines. A step of the whole command ends."""
         with self._lock:
+            if not self.is_live:
+                yield
+                return
             if self._live and not self._live[0].label:
                 self.end_step()
             self._write(self._erasure())
@@ -6072,7 +6122,7 @@ class Terminal(Notes):
                 # Or the flush at exit would fail again.
                 discard_output(1)
                 raise KodeError(f"the output cannot be written: {failure.strerror}",
-                                "Fix that and run the command again.") from None
+                                RUN_AGAIN) from None
 
     def result(self, text: str) -> None:
         """Writes a result to stdout. Raises as `raw` does."""
@@ -6263,13 +6313,8 @@ def running_vm(ctx: Context, text: str, because: str = "", *, soon: bool = False
     vm = ctx.manager.find(ctx.manager.label(text))
     may_run = soon and vm.power not in (Power.STOPPED, Power.PAUSED)
     if vm.power is not Power.STARTED and not may_run:
-        raise WrongState(f"{vm.name} is {vm.power.word}{because}", how_to_run(vm))
+        raise WrongState(f"{vm.name} is {vm.power.word}{because}", vm.how_to_run)
     return vm
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 error`, `2 errors`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def join_all(ctx: Context, threads: Sequence[threading.Thread]) -> None:
@@ -6338,7 +6383,7 @@ def each_locked(ctx: Context, labels: Sequence[str], doing: str, work: Callable[
 
 
 def exec_ssh(argv: Sequence[str]) -> NoReturn:
-    """Replaces this process with ssh or scp. That releases the locks: their handles are not inherited."""
+    """Replaces this process with ssh. That releases the locks: their handles are not inherited."""
     # Python ignores these two, and the new program would inherit that.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
@@ -6362,9 +6407,9 @@ def lent_terminal() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        # The terminal may be gone.
-        with contextlib.suppress(termios.error):
-            if attributes:
+        # The terminal may be gone, or, for a job in the background, another's.
+        with contextlib.suppress(OSError, termios.error):
+            if attributes and os.tcgetpgrp(0) == os.getpgrp():
                 termios.tcsetattr(0, termios.TCSADRAIN, attributes)
 
 
@@ -6378,7 +6423,7 @@ def end_child(child: subprocess.Popen[bytes]) -> None:
 
 
 def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> int:
-    """Runs ssh as a child in the foreground, and returns its status as a shell does. Raises KodeError."""
+    """Runs ssh or scp as a child in the foreground, and returns its status as a shell does. Raises KodeError."""
     child = None
     with lent_terminal() as pressed:
         try:
@@ -6393,8 +6438,8 @@ def run_foreground(ctx: Context, argv: Sequence[str], stdin: int | None = None, 
             if child:
                 end_child(child)
             raise
-    # ssh handles the key's signal itself, and then ends with 255.
-    if pressed and code == 255:
+    # ssh handles the key's signal itself, and then ends with 255; scp, with 1.
+    if pressed and code in (1, 255):
         return 128 + pressed[0]
     return code if code >= 0 else 128 - code
 
@@ -6685,6 +6730,22 @@ def local_path_suggested(path: str) -> Iterator[None]:
         raise
 
 
+def cp_operands(manager: Manager, paths: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The labels in the paths, each with a path that has it, and the paths for scp. Raises UsageError."""
+    labels: dict[str, str] = {}
+    operands = []
+    for path in paths:
+        host, colon, file = path.partition(":")
+        if not colon or "/" in host:
+            operands.append(path)
+            continue
+        with local_path_suggested(path):
+            label = manager.label(host)
+        labels[label] = path
+        operands.append(f"{manager.name(label)}:{file}")
+    return labels, operands
+
+
 @command("cp", option("paths", metavar="path", nargs="+", help="sources and a destination; LABEL:PATH is in a machine"),
          option("-r", action="store_true", dest="recursive", help="whole folders"),
          option("-O", action="store_true", dest="without_sftp", help="use scp's old protocol: the guest needs scp"),
@@ -6694,18 +6755,8 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     example = "For example: kodemachine cp notes.txt project-alpha:"
     if len(opts.paths) < 2:
         raise UsageError("cp needs a source and a destination", example)
-    manager, prefix = ctx.manager, ctx.manager.settings.prefix
-    labels: dict[str, str] = {}
-    operands = []
-    for path in opts.paths:
-        host, colon, file = path.partition(":")
-        if colon and "/" not in host:
-            with local_path_suggested(path):
-                label = manager.label(host)
-            labels[label] = path
-            operands.append(f"{prefix}{label}:{file}")
-        else:
-            operands.append(path)
+    manager = ctx.manager
+    labels, operands = cp_operands(manager, opts.paths)
     if not labels:
         raise UsageError("none of these paths is in a machine", example)
     pinned = True
@@ -6715,7 +6766,7 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
             pinned &= manager.running(label)[2]
     ctx.out.end_step()
     options = {**manager.ssh.name_options(pinned), **COPY_OPTIONS,
-               **manager.ssh.keep_alive(f"{prefix}{next(iter(labels))}")}
+               **manager.ssh.keep_alive(manager.name(next(iter(labels))))}
     # ssh starts our proxy with this shell. sh reads no start-up file, which could print something first.
     os.environ["SHELL"] = "/bin/sh"
     flags = ["-3"]
@@ -6726,7 +6777,7 @@ def cmd_cp(ctx: Context, opts: Arguments) -> int:
     code = run_foreground(ctx, ["scp", *flags, *as_words(options), "--", *operands])
     # scp's own words for a guest without an sftp server are "subsystem request failed".
     if code == 255 and not opts.without_sftp:
-        ctx.out.warn("the connection ended. If its subsystem request failed, the guest has no sftp server: "
+        ctx.out.warn("scp has failed. If the message above is about a subsystem request, the guest has no sftp server: "
                      "install openssh-sftp-server in it, or add -O to this command")
     return code
 
@@ -6828,7 +6879,7 @@ def inventory(manager: Manager, machines: Sequence[Machine]) -> dict[str, Any]:
 def status_text(ctx: Context, machine: Machine) -> str:
     """The status of a machine, with marks for an offline one, and for one that an interrupted --rm session left."""
     text = machine.power.word
-    if machine.record.is_offline:
+    if machine.record.network == "offline":
         text += " offline"
     if ctx.manager.is_orphan(machine):
         text += " (--rm)"
@@ -7307,8 +7358,7 @@ def cmd_base_use(ctx: Context, opts: Arguments) -> int:
 
 def step_table(steps: Sequence[Step]) -> str:
     """The steps of a seal, one per line."""
-    columns = zip(("STEP", "", ""), *((step.name, step.status, step.detail) for step in steps))
-    return table(list(columns))
+    return table(list(zip(("STEP", "", ""), *steps)))
 
 
 def seal(ctx: Context, sealer: Sealer, opts: Arguments) -> bool:
@@ -7476,10 +7526,7 @@ def write_stanza(path: str, stanza: str) -> None:
         raise KodeError(f"{path} is not kodemachine's file and is not replaced",
                         "Keep config.json in a folder of its own, or paste the lines of: kodemachine ssh-config")
     if existing != stanza:
-        try:
-            write_file(path, stanza)
-        except KodeError as failure:
-            raise KodeError(failure.message, PASTE) from None
+        write_file(path, stanza, PASTE)
 
 
 def include_first(theirs: str, include: str) -> None:
@@ -7489,13 +7536,14 @@ def include_first(theirs: str, include: str) -> None:
     """
     with explained(theirs, PASTE):
         before = read_text(theirs, "surrogateescape") or ""
+    if before.startswith(include + "\n"):
+        return
     others = "".join(line for line in before.splitlines(keepends=True) if line.strip() != include)
-    try:
-        if before:
-            write_file(theirs + ".before-kodemachine", before)
-        write_file(os.path.realpath(theirs), f"{include}\n\n{others}")
-    except KodeError as failure:
-        raise KodeError(failure.message, f"Add this line before all others of {theirs}: {include}") from None
+    hint = f"Add this line before all others of {theirs}: {include}"
+    # A file that had the line already has a backup from before.
+    if before and others == before:
+        write_file(theirs + ".before-kodemachine", before, hint)
+    write_file(os.path.realpath(theirs), f"{include}\n\n{others}", hint)
 
 
 def install_stanza(ctx: Context, stanza: str) -> None:
@@ -7508,8 +7556,8 @@ def install_stanza(ctx: Context, stanza: str) -> None:
     if overruled:
         host = ctx.manager.settings.prefix + "x"
         raise KodeError(f"~/.ssh/config now includes {ours}, but ssh uses: {', '.join(overruled[:3])}",
-                        f"To see the files that ssh reads: ssh -v {host}. Put these lines at the top of one: "
-                        "kodemachine ssh-config")
+                        f"To see the files that ssh reads: ssh -v {host}\n"
+                        "To show the lines for the top of one of them: kodemachine ssh-config")
 
 
 @command("ssh-config", option("--install", action="store_true", help="include it in ~/.ssh/config"),
@@ -8146,7 +8194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Such as a folder that is gone, or a volume without locks.
     except OSError as failure:
         out.error(KodeError(f"{failure.filename or 'the system'}: {failure.strerror or failure}",
-                            "Fix that and run the command again."))
+                            RUN_AGAIN))
         return KodeError.status
 
 

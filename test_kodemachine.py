@@ -3396,6 +3396,13 @@ class PureTest(unittest.TestCase):
         painted = kodemachine.table(columns[:2], lambda heading, cell: f"<{cell}>" if heading == "X" else cell)
         self.assertEqual(painted, "NAME  <X>\na     <bb>\n      <->")
 
+    def test_live_line_has_the_name_of_its_machine_once_and_keeps_those_of_others(self) -> None:
+        for label, step, shown in (("web", "cloning v1 to km-web", "web  cloning v1"),
+                                   ("b", "waiting until UTM has cloned km-web",
+                                    "b  waiting until UTM has cloned km-web"),
+                                   ("s", "waiting for the list of machines", "s  waiting for the list of machines")):
+            self.assertEqual(kodemachine.LiveLine(label, step).shown(), shown)
+
     def test_message_is_wrapped_at_words_and_commands_have_a_line_of_their_own(self) -> None:
         offers = ("The machine is kept. To run the script again: kodemachine web; to look inside: kodemachine ssh web; "
                   "to start without it: kodemachine config unset first_boot")
@@ -3412,7 +3419,8 @@ class PureTest(unittest.TestCase):
         marked = re.sub("(kodemachine [^;]+)", "<\\1>", offers)
         self.assertEqual((laid_out(offers, None), laid_out(offers, 200)), ([marked], [marked]))
         for command in ("kodemachine start -d web db -- sh -c 'a: b; c'", "chmod 600 '/a b/c'", "rm /x/y",
-                        "'/Applications/My UTM.app/Contents/MacOS/utmctl' delete 0-0", "ssh-keygen -t ed25519 -f /x"):
+                        "'/Applications/My UTM.app/Contents/MacOS/utmctl' delete 0-0", "ssh-keygen -t ed25519 -f /x",
+                        'sudo chown -R "$(id -un)" /x', "perl -pi -e 's/a/b/' /x", "ssh -v km-x"):
             for before, columns in (("", 10), ("Do it in this way: ", 20), ("Do it: ", 200)):
                 self.assertIn(f"<{command}>", laid_out(before + command, columns)[-1], "not broken")
         self.assertEqual(laid_out("a\n\nb", 1), ["a", "", "b"])
@@ -4437,6 +4445,29 @@ class OfflineTest(Case):
         self.assertEqual(self.shown("a")[0], "offline")
         self.assert_says(self.km("start", "-d", "a", "--offline"), 0)
 
+    def test_prepared_machine_that_was_not_started_yet_goes_offline(self) -> None:
+        self.with_sshd()
+        self.vm("a")
+        self.remember(a={"mac_is_unique": True, "never_started": True})
+        self.assertEqual(self.shown("a"), ("shared", "stopped"))
+        self.assert_says(self.km("start", "-d", "a", "--offline"), 0)
+        self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
+
+    def test_offline_machine_that_a_person_changed_is_offline_again_at_its_next_start(self) -> None:
+        self.with_sshd()
+        self.km("start", "-d", "a", "--offline")
+        self.km("stop", "a")
+        self.utm.change("km-a", modes=["shared"])
+        self.assert_says(self.km("start", "-d", "a"), 0)
+        self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
+
+    def test_machine_that_was_started_by_hand_before_the_proof_does_not_count_as_offline(self) -> None:
+        self.with_sshd()
+        self.vm("a", "started")
+        self.remember(a={"is_offline": True, "never_started": True})
+        self.assert_says(self.km("a", "--offline", "--", "true"), 4, "km-a exists already and is not offline")
+        self.assertEqual(self.listed()["km-a"]["network"], None)
+
     def test_copy_of_an_offline_machine_is_offline(self) -> None:
         self.with_sshd()
         self.km("start", "-d", "a", "--offline")
@@ -4505,16 +4536,25 @@ class ClockTest(Case):
 
     def test_clock_is_set_when_a_paused_machine_continues(self) -> None:
         for words in (["start", "-d"], ["resume"]):
-            self.turn_clock(60)
+            self.turn_clock(-60)
             self.assert_says(self.km("suspend", "alpha"), 0)
             self.assert_says(self.km(*words, "alpha"), 0)
             self.assertLessEqual(abs(self.offset), 2)
+        self.turn_clock(-60)
+        self.utm.change("km-alpha", status="resuming")
+        before = len(self.utm.calls("status"))
+        start = self.start_km("start", "-d", "alpha")
+        wait_for(lambda: len(self.utm.calls("status")) > before)
+        self.utm.change("km-alpha", status="started")
+        self.assert_says(self.ended(start), 0)
+        self.assertLessEqual(abs(self.offset), 2)
 
-    def test_clock_that_is_right_within_two_seconds_is_not_changed(self) -> None:
-        self.turn_clock(1)
-        self.km("suspend", "alpha")
-        self.km("resume", "alpha")
-        self.assertEqual((self.settings(), self.offset), (1, 1))
+    def test_clock_that_is_late_by_at_most_two_seconds_or_early_is_not_changed(self) -> None:
+        for offset in (-1, 60):
+            self.turn_clock(offset)
+            self.km("suspend", "alpha")
+            self.km("resume", "alpha")
+            self.assertEqual(self.offset, offset)
 
     def test_mac_without_that_sysctl_has_never_slept(self) -> None:
         self.sleep_of_mac(None)
@@ -4528,9 +4568,15 @@ class ClockTest(Case):
         self.sleep_of_mac(1700000000)
         self.assertIn("the clock of km-alpha may be wrong (not today); to set it: kodemachine exec alpha -- date -s",
                       self.spawn("start", "-d", "alpha").err)
-        self.utm.fault("exec", error=-2700, string="No.")
+        self.utm.fault("exec", error=-2700, string="No.", times=1)
         self.sleep_of_mac(1700009999)
         self.assertIn("the clock of km-alpha may be wrong (", self.spawn("start", "-d", "alpha").err)
+        os.unlink(self.inside("km-alpha", "bin/date"))
+        os.symlink("/bin/true", self.inside("km-alpha", "bin/date"))
+        before = self.settings()
+        self.spawn()
+        self.spawn()
+        self.assertEqual(self.settings(), before + 2, "tried until it succeeds")
 
 
 class FirstBootTest(Case):
@@ -5140,6 +5186,15 @@ class CpTest(Case):
     def setUp(self) -> None:
         super().setUp()
         self.server = self.with_names()
+
+    def test_cp_in_the_background_does_not_wait_for_the_terminal(self) -> None:
+        copy = os.path.join(self.home, "copy")
+        words = shlex.join(self.command("cp", "/etc/passwd", f"a:{copy}"))
+        job = ["/bin/bash", "-c", f"set -m; {words} & wait $!; echo status $?"]
+        terminal = Terminal(job, {**self.environment, "TERM": "xterm"}, self.home)
+        self.addCleanup(terminal.close)
+        terminal.expect(b"status 0\r\n")
+        self.assertEqual(self.read(copy), read_text("/etc/passwd"))
 
     def test_cp_copies_to_from_and_between_machines(self) -> None:
         folder = os.path.join(self.folder, "in the machine")
@@ -6235,7 +6290,7 @@ class DoctorTest(Case):
             names="error: 2 machines are named km-twin: .*Rename",
             macs=f"error: km-a and km-b share the MAC address {mac} && "
                  "warning: (km-c and Windows 11|Windows 11 and km-c) share the MAC",
-            offline="error: km-c was made with --offline, and has a route out of the Mac now .* Host Only",
+            offline="error: km-c is recorded as offline, and has a route out of the Mac .* Host Only",
             host_keys="warning: km-a and km-b share a host key.*base seal LABEL --as",
             machine_ids="warning: km-a and km-b share a machine-id.*base seal LABEL --as",
             addresses=r"error: km-a and km-b share the IP address 192\.168\.64\.3: .*: kodemachine start b --fresh$",
@@ -6245,8 +6300,14 @@ class DoctorTest(Case):
                       r"warning: .*km-cut was interrupted .*: kodemachine cut$ && "
                       r"warning: .*km-Odd was interrupted \| rm '/.*km-Odd\.json'$ && "
                       r"warning: .*known_hosts.new.*\| rm '/.*known_hosts\.new'$",
-            network="warning: no ssh server answers at 192.168.64.3 .*: kodemachine attach a$",
+            network="warning: no ssh server answers at 192.168.64.3 .*: kodemachine exec a -- systemctl status ssh$",
         )  # fmt: skip
+
+    def test_each_machine_whose_ssh_server_does_not_answer_is_named(self) -> None:
+        self.healthy()
+        self.vm("silent", "started", ips=["127.0.0.9"])
+        self.assert_said(self.doctor(),
+                         network="warning: no ssh server answers at 127.0.0.9 .*: kodemachine exec silent")
 
     def test_machines_are_not_missing_while_utm_shows_none(self) -> None:
         self.config(**self.settings)
@@ -6296,7 +6357,8 @@ class DoctorTest(Case):
         self.healthy()
         self.vm("b", "started", ips=["10.0.2.15"])
         self.vm("c", "started", ips=["10.0.2.15"])
-        self.assert_said(self.doctor(), addresses=r"error: km-b and km-c share .* 10\.0\.2\.15 .*Emulated VLAN.*Shared")
+        self.assert_said(self.doctor(), addresses=r"error: km-b and km-c share .* 10\.0\.2\.15 .*Emulated VLAN.*Shared",
+                         network=r"error: no ssh server answers at 10\.0\.2\.15 .*Emulated VLAN")
 
     def stub_ssh_add(self, status: int) -> None:
         path = os.path.join(self.bin, "ssh-add")
@@ -7787,6 +7849,12 @@ class SealTest(Case):
                 self.assertNotIn("key", self.steps_of("apply"))
                 self.assertEqual(self.guest_file(place), PUBLIC_KEY + " me@mac\n")
                 self.assertNotIn("key", self.steps_of())
+        shared = os.path.join(self.root, "etc/shared_keys")
+        self.write(shared, "ssh-ed25519 AAAAtheirs them\n", 0o666)
+        self.sshd_config(f"StrictModes no\nAuthorizedKeysFile {self.root}/etc/shared_keys\n")
+        self.assertNotIn("key", self.steps_of("apply"))
+        self.assertEqual(self.read(shared), f"{PUBLIC_KEY} me@mac\nssh-ed25519 AAAAtheirs them\n")
+        self.assertEqual(stat.S_IMODE(os.stat(shared).st_mode), 0o666)
         for text in ("AuthorizedKeysFile none\n", "AuthorizedKeysCommand /bin/true\nAuthorizedKeysCommandUser root\n"
                      "AuthorizedKeysFile none\n"):
             self.sshd_config(text)
@@ -7836,7 +7904,8 @@ class SealTest(Case):
                 self.sshd_config(text)
                 self.assertEqual(self.refusals(), sshd.format(option))
         self.assert_says(self.seal(code=1), 1, "km-alpha cannot be sealed: login (sshd does not let me in: see DenyG")
-        self.sshd_config("AllowUsers bob me@192.168.*\nAllowGroups users\nDenyUsers root\nDenyGroups ops\n"
+        self.sshd_config("AllowUsers bob me@192.168.*\nAllowGroups users\nDenyUsers root me@10.9.* *@203.0.113.7\n"
+                         "DenyGroups ops\n"
                          "AuthenticationMethods publickey,password publickey\nUsePAM no\n")
         self.assertEqual(self.refusals(), "")
         self.put(self.root, {"etc/shadow": "me:!:19000:0:99999:7:::\n"})
@@ -7953,6 +8022,10 @@ class SealTest(Case):
         self.assertEqual(self.km("base", "seal", "alpha", "--check", env={"SSH_AUTH_SOCK": path}).code, 0)
         os.unlink(os.path.join(self.home, ".ssh/id_ed25519.pub"))
         self.assert_says(self.seal(code=1), 1, "there is no ssh public key at ", ", nor in an ssh agent")
+        self.ssh_options("Host *\n  IdentityAgent none\n")
+        result = self.km("base", "seal", "alpha", "--check", env={"SSH_AUTH_SOCK": path})
+        self.assert_says(result, 1, ", nor in an ssh agent")
+        self.write(self.ssh_config, "")
         # As 1Password has it set.
         self.ssh_options(f'Host *\n  IdentityAgent "{path}"\n')
         self.seal()
@@ -8925,6 +8998,10 @@ class SshConfigTest(Case):
         wait_for(lambda: self.server.log().count("Disconnected from user", before) == 4)
         log = self.server.log()[before:]
         self.assertEqual((log.count("Connection from "), log.count("Accepted publickey")), (4, 4), log)
+        self.remember(a={"is_named": False, "refusal": "the guest agent may not run commands"})
+        self.assert_says(self.km("a", "--", "true"), 0)
+        wait_for(lambda: self.server.log().count("Disconnected from user", before) == 5)
+        self.assertEqual(self.server.log().count("Connection from ", before), 5)
 
     def test_ssh_reaches_a_machine_by_name(self) -> None:
         self.utm.fault("ip-address", delay=0.8)     # long enough for a line of progress, which would be in the way
@@ -9045,6 +9122,25 @@ class SshConfigTest(Case):
         self.write(theirs, kept)
         self.assert_says(self.km("ssh-config", "--install"), 0)
         self.assertEqual(self.read(theirs), kept, "it is in effect")
+
+    def test_later_install_keeps_the_backup(self) -> None:
+        theirs = self.home_configuration("# mine\n")
+        for user in ("me", "eve"):
+            self.use(ssh_user=user)
+            self.assert_says(self.km("ssh-config", "--install"), 0, "ssh km-LABEL works now")
+            self.assertEqual(self.read(theirs + ".before-kodemachine"), "# mine\n")
+            self.assertRegex(self.read(theirs), r'\AInclude "[^"]*"\n\n# mine\n\Z')
+
+    def test_copy_whose_agent_may_not_run_commands_is_reached_by_name(self) -> None:
+        self.km("start", "-d", "a")
+        self.km("stop", "a")
+        self.km("delete", "-f", "b")
+        self.assert_says(self.km("clone", "a", "b"), 0)
+        self.utm.fault("exec", error=-2700, string="Command guest-exec has been disabled: not allowed")
+        self.assert_says(self.km("start", "-d", "b"), 0, "has been disabled", "The next cold start tries again.")
+        self.assertEqual(self.by_name("ssh", "km-b", "true").code, 0)
+        self.km("stop", "b")
+        self.assertNotIn("disabled", self.km("start", "-d", "b").err)
 
     def test_install_in_a_folder_whose_name_is_a_pattern(self) -> None:
         self.home_configuration("")
@@ -10699,7 +10795,7 @@ for do in k.make_folder, k.must_be_usable, lambda path: k.write_file(path + "/x"
                 os.chown(os.path.join(self.home, path), nobody, -1)
             os.chmod(os.path.join(self.home, of_root), mode)
             at_fault = os.path.join(self.home, of_root)
-            hint = f'{at_fault} belongs to another user. To change that: sudo chown -R "$(id -un)" \'{at_fault}\'\n'
+            hint = f'To make {at_fault} yours: sudo chown -R "$(id -un)" \'{at_fault}\'\n'
             result = self.run_program([*self.PYTHON, "-c", self.AS_NOBODY, HERE, str(nobody), self.state])
             self.assertEqual(result, (0, hint * 3, ""), (of_root, oct(mode)))
 
@@ -10869,6 +10965,7 @@ class CrashTest(Case):
         running = "km-a is running; to continue: kodemachine a; to shut it down: kodemachine stop a\n"
         for words, asked, fields, said in (
             ("start -d a", "ip-address", {"status": "stopped", "ips": []}, running),
+            ("start -d a", "start", {"status": "stopped", "start_seconds": 9.0}, "UTM may still start km-a; to cont"),
             ("resume a", "start", {"status": "paused", "resume_seconds": 9.0}, "UTM may still resume km-a; to see"),
             ("stop a", "stop", {"status": "started", "request_seconds": None}, "UTM may still shut down km-a; to see"),
             ("restart a", "stop", {"status": "started"}, "UTM may still shut down km-a; to see its state: kodemachine"),
