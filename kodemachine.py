@@ -4397,6 +4397,7 @@ class Manager:
         vm = self.find(label)
         if vm.power is Power.STOPPED:
             return "is already stopped"
+        self._notes.step(f"stopping {label}")
         with self.continuing(vm, "shut down"):
             if force or kill:
                 vm.force_off(kill)
@@ -7107,9 +7108,6 @@ def cmd_stop(ctx: Context, opts: Arguments) -> int:
     labels = chosen(ctx, opts, lambda machine: machine.power is not Power.STOPPED)
     if not labels:
         ctx.out.note("no machine to stop")
-    elif len(labels) == 1 or not ctx.out.is_live:
-        # On a terminal, each of several machines has a line of its own.
-        ctx.out.step(f"stopping {', '.join(labels)}")
 
     def stop(label: str) -> str:
         return ctx.manager.stop(label, limit, force=opts.force, kill=opts.kill)
@@ -7125,8 +7123,7 @@ def cmd_restart(ctx: Context, opts: Arguments) -> int:
     options = StartOptions(may_clone=False)
 
     def restart(label: str) -> tuple[VM, str]:
-        ctx.out.step(f"stopping {label}")
-        manager.stop(label, limit, force=False, kill=False)
+        manager.stop(label, limit)
         vm, call = manager.find_or_clone(label, options)
         return vm, manager.start(vm, options, call)
     return start_detached(ctx, labels, restart)
@@ -7623,7 +7620,7 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
     label = label_in(opts.name, manager.settings.prefix)
     if label is None:
         raise NotFound(f"{opts.name} is not the name of a machine", "To see the machines: kodemachine list")
-    # Progress would appear in the output of ssh, rsync and git.
+    # Progress would appear in the output of ssh, rsync and git. A warning does.
     ctx.out.quiet = True
     with manager.holding(label):
         vm, address, pinned = manager.running(label)
@@ -7633,6 +7630,8 @@ def cmd_proxy(ctx: Context, opts: Arguments) -> int:
         connection = socket.create_connection((address, port), timeout=10)
     except OSError:
         # It may be booting.
+        limit = seconds_text(manager.settings.boot_timeout)
+        ctx.out.warn(f"{vm.name} does not answer at {address} yet; waiting for its ssh server for up to {limit}")
         address = vm.wait_for_ssh(port, manager.settings.boot_timeout)
         try:
             connection = socket.create_connection((address, port), timeout=10)

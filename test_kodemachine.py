@@ -6618,7 +6618,7 @@ class StopTest(Case):
     def test_all_works_on_them_in_the_order_of_their_labels(self) -> None:
         for label in ("web", "api", "db"):
             self.vm(label, "started")
-        self.assert_says(self.km("stop", "--all"), 0, "stopping api, db, web\n")
+        self.assert_says(self.km("stop", "--all"), 0, "stopping api\n", "stopping db\n", "stopping web\n")
 
 
 class SuspendTest(Case):
@@ -6860,6 +6860,7 @@ class CloneTest(Case):
         self.spawn("clone", "alpha", "beta")
         for answer in ("renewed=no\nhostname=beta\nend=beta\n", "hostname=beta\nend=beta\n"):
             self.utm.clear_faults()
+            self.remember(beta={"refusal": ""})
             self.utm.fault("exec", stdout=f"0 0\n{base64.b64encode(answer.encode()).decode()}\n")
             self.assertIn("did not name km-beta", self.spawn("start", "-d", "beta").err)
             self.assertEqual((self.requests("km-beta")[-1], self.record("beta")["is_copy"]), ("exec", True))
@@ -9024,8 +9025,12 @@ class SshConfigTest(Case):
     def test_proxy_waits_for_an_ssh_server_that_does_not_answer_yet(self) -> None:
         self.use(boot_timeout=1)
         self.utm.change("km-a", ips=["127.0.0.9"])
+        self.assert_says(self.km("proxy", "km-a"), 6, "its ssh port does not answer at 127.0.0.9")
+        # The address of a machine that has its identity gets no probe before.
+        self.remember(a={"is_named": True})
         result = self.km("proxy", "km-a")
-        self.assert_says(result, 6, "its ssh port does not answer at 127.0.0.9")
+        self.assert_says(result, 6, "km-a does not answer at 127.0.0.9 yet; waiting for its ssh server for up to 1 s",
+                         "its ssh port does not answer at 127.0.0.9")
 
     def test_proxy_stays_until_ssh_has_taken_its_socket(self) -> None:
         """macOS may discard a socket in flight whose sender has gone."""
@@ -9752,19 +9757,16 @@ class MistakesTest(Case):
                 found = self.try_suggestions(words, self.km(*words.split()))
                 self.assertEqual(found, expected)
 
-    def test_a_state_folder_that_cannot_be_made_is_named_with_its_owner(self) -> None:
-        for name, kind in (("file", "a file"), ("link", "a link to nothing")):
-            with self.subTest(kind):
+    def test_a_state_folder_that_cannot_be_made_is_named(self) -> None:
+        for name, problem in (("file", "/kodemachine: Not a directory"), ("link", ": No such file or directory")):
+            with self.subTest(name):
                 above = os.path.join(self.folder, name)
                 if name == "file":
                     os.close(os.open(above, os.O_CREAT))
                 else:
                     os.symlink("nowhere", above)
                 result = self.run_program(self.command("start", "-d", "a"), env={"XDG_STATE_HOME": above})
-                self.assertEqual(result.code, 1, result.err)
-                hint = re.findall(r"To see its owner and mode: (ls -ld .*)$", result.err)
-                self.assertEqual(len(hint), 1, result.err)
-                self.assertEqual(self.run_program(["/bin/sh", "-c", hint[0]]).code, 0, hint)
+                self.assert_says(result, 1, above + problem)
                 self.assertNotIn("Remove it", result.err)
                 self.assertEqual(self.suggestions(result.err), [])
 
@@ -10142,7 +10144,7 @@ class ExitStatusTest(Case):
             "fcntl.flock = flock\n"
         )
         result = self.run_program(self.command("stop", "off", before=no_locks))
-        self.assertRegex(result.err, r"\Astopping off\nkodemachine: the system: No locks available\n  .+\n\Z")
+        self.assertRegex(result.err, r"\Akodemachine: the system: No locks available\n  .+\n\Z")
         self.assertEqual(result.code, 1)
 
     def test_ctrl_c_while_the_program_is_loaded_prints_no_traceback(self) -> None:
