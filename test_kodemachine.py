@@ -6540,7 +6540,8 @@ class StopTest(Case):
         self.vm("deaf", "started", ignores_power_key=True)
         for labels, code in ((("a", "deaf", "nope"), 6), (("nope", "deaf", "a", "nope"), 3)):
             result = self.km("stop", *labels, "-t", "0.5")
-            self.assert_says(result, code, "\na ", "km-deaf did not power off", "no machine nope")
+            self.assert_says(result, code, "km-deaf did not power off", "no machine nope")
+            self.assertRegex(result.err, r"(?m)^a (stopped|is already stopped)$")
             self.assertEqual(result.err.count("no machine nope"), 1)
 
     def test_all_option_stops_every_clone_that_is_not_off_and_nothing_else(self) -> None:
