@@ -4410,6 +4410,8 @@ class OfflineTest(Case):
 
     def test_machine_that_is_not_proved_offline_is_not_started(self) -> None:
         self.with_sshd()
+        # So only the network mode is left to be proved.
+        self.utm.option(regenerate_mac=True)
         for rule in ({"error": -1712}, {"error": -2700, "string": "No."}, {"stdout": "km-a\n4096\n4\n{}\n"}):
             self.utm.clear_faults()
             if "stdout" in rule:
@@ -4450,6 +4452,9 @@ class OfflineTest(Case):
         self.vm("a")
         self.remember(a={"mac_is_unique": True, "never_started": True})
         self.assertEqual(self.shown("a"), ("shared", "stopped"))
+        self.utm.fault("configure", error=-2700, string="No.", times=1)
+        self.assert_says(self.km("start", "-d", "a", "--offline"), 1, "UTM did not take it off the network")
+        self.assertEqual(self.shown("a"), ("None", "stopped"))
         self.assert_says(self.km("start", "-d", "a", "--offline"), 0)
         self.assertEqual((self.modes("a"), self.shown("a")[0]), (["host"], "offline"))
 
