@@ -1244,6 +1244,7 @@ class Config:
         found = self.load(unless=key)
         if key not in REMOVED_SETTINGS and key not in found:
             self._check(key, None)
+            return
         found.pop(key, None)
         self._write(found, f"If another program manages that file, remove {key} from it there.")
 
@@ -2729,10 +2730,10 @@ class VM:
 
     @property
     def how_to_run(self) -> str:
-        """The hint for a machine that has to run."""
+        """The hint for a clone that has to run."""
         if self.power is Power.PAUSED:
-            return f"To continue it: {self.command('resume')}"
-        return f"To start it: {self.command('start -d')}"
+            return f"To continue it: kodemachine resume {self.label}"
+        return f"To start it: kodemachine start -d {self.label}"
 
     # -- states
 
